@@ -1,0 +1,85 @@
+"""Checks at public boundaries: what shapes, types and structure tell, said at once."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgrad_jax.metrics import Metric
+
+Tree = Any
+
+
+def check_metric(caller: str, metric: object) -> None:
+    """Raises unless `metric` was made by one of the metric constructors."""
+    if not isinstance(metric, Metric):
+        raise TypeError(
+            f"{caller}: metric must come from exact_fisher, sampled_fisher, empirical_fisher,"
+            f" gauss_newton, hessian or euclidean, got {metric!r}"
+        )
+
+
+def check_params(caller: str, params: Tree) -> None:
+    """Raises unless every leaf is a real floating point array."""
+    if params is None:
+        raise ValueError(f"{caller}: params is None; the metric is evaluated at the parameters")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = f"params{jax.tree_util.keystr(path)}"
+        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+            raise TypeError(f"{caller}: {name} must be an array, got {type(leaf).__name__}")
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"{caller}: {name} has dtype {leaf.dtype}; natural gradients need real floating"
+                " point parameters (split complex ones into real and imaginary parts, and mask or"
+                " partition integers away)"
+            )
+
+
+def check_batch(caller: str, batch: Tree) -> None:
+    """Raises unless every leaf of the batch is an array."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+            raise TypeError(
+                f"{caller}: batch{jax.tree_util.keystr(path)} must be an array, got"
+                f" {type(leaf).__name__}: {leaf!r}"
+            )
+
+
+def check_like_params(caller: str, name: str, tree: Tree, params: Tree) -> None:
+    """Raises unless `tree` has the structure and the shapes of `params`."""
+    structure, expected = jax.tree.structure(tree), jax.tree.structure(params)
+    if structure != expected:
+        raise ValueError(f"{caller}: {name} must be a tree like params, {expected}, got {structure}")
+    for (path, leaf), like in zip(
+        jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(params), strict=True
+    ):
+        if jnp.shape(leaf) != jnp.shape(like):
+            raise ValueError(
+                f"{caller}: {name}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, the"
+                f" parameter has {jnp.shape(like)}"
+            )
+
+
+def fill_masked(metric: Metric, params: Tree, full_params: Tree | None) -> Metric:
+    """The metric as a function of the visible parameters alone.
+
+    `optax.masked` and `optax.partition` put `MaskedNode` in place of hidden leaves; the model gets
+    those from `full_params`, where they are constants.
+    """
+    hidden = lambda x: isinstance(x, optax.MaskedNode)
+    if metric.outputs is None or not any(map(hidden, jax.tree.leaves(params, is_leaf=hidden))):
+        return metric
+    if full_params is None:
+        raise ValueError(
+            f"{metric.name}: some parameters are hidden (optax.MaskedNode), but the metric needs all of"
+            " them: pass full_params=params to update"
+        )
+
+    def outputs(visible: Tree, batch: Tree) -> Tree:
+        merged = jax.tree.map(
+            lambda v, full: full if hidden(v) else v, visible, full_params, is_leaf=hidden
+        )
+        return metric.outputs(merged, batch)
+
+    return metric._replace(outputs=outputs)

@@ -1,0 +1,149 @@
+"""Solving with one symmetric matrix: Cholesky, and the eigendecomposition where that fails.
+
+Everything runs inside jit. The eigendecomposition costs many Cholesky factorisations, so it sits in
+a `while_loop` of at most one trip: unlike `cond`, which runs both branches under vmap, that runs
+only if some lane needs it.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Eigen(NamedTuple):
+    """Eigenvalues (n,) in ascending order, null ones exactly 0, and vectors (n, n) in columns."""
+
+    values: jax.Array
+    vectors: jax.Array
+
+
+class Factor(NamedTuple):
+    """A damped symmetric matrix, ready to be solved with.
+
+    Attributes:
+      solve: b (n,) -> (A + damping I)^-1 b, the pseudo-inverse for damping 0.
+      eigen_taken: whether the eigendecomposition was needed.
+    """
+
+    solve: Callable[[jax.Array], jax.Array]
+    eigen_taken: jax.Array
+
+
+def matvec(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+    """A matrix-vector product at full precision."""
+    return jnp.dot(matrix, vector, precision=_HIGHEST)
+
+
+def eigen(matrix: jax.Array, *, definite: bool) -> Eigen:
+    """Eigendecomposition whose spectrum is cut at eps * n * (largest |eigenvalue|)."""
+    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+    size = jnp.abs(values)
+    cut = jnp.finfo(matrix.dtype).eps * matrix.shape[0] * jnp.max(size, initial=0)
+    kept = (values if definite else size) > cut
+    return Eigen(jnp.where(kept, values, 0), vectors)
+
+
+def damped_inverse(values: jax.Array, damping: jax.Array) -> jax.Array:
+    """1 / (eigenvalue + damping), 0 where that is 1 / 0 up to rounding.
+
+    An exactly null eigenvalue counts as the damping, however small; one that the damping cancels
+    (an indefinite matrix) is cut like a null eigenvalue of the sum.
+    """
+    shifted = values + damping
+    largest = jnp.max(jnp.abs(values), initial=0)
+    cut = jnp.finfo(values.dtype).eps * values.shape[0] * largest
+    null = (shifted == 0) | ((values != 0) & (jnp.abs(shifted) <= cut))
+    return jnp.where(null, 0, 1 / jnp.where(null, 1, shifted))
+
+
+def factorize(matrix: jax.Array, damping: jax.Array, *, definite: bool = True) -> Factor:
+    """Prepares solves with A + damping I.
+
+    Cholesky for damping > 0; the eigendecomposition for damping 0, and where the Cholesky factor is
+    not finite or its smallest squared pivot is <= eps times the largest: a singular factor often
+    comes out finite and wrong.
+
+    Args:
+      matrix: A, symmetric (n, n).
+      damping: scalar of A's dtype.
+      definite: whether A is positive semi-definite, so that negative eigenvalues are rounding.
+
+    Returns:
+      A :class:`Factor`.
+    """
+    n, dtype = matrix.shape[0], matrix.dtype
+    damped = matrix + damping * jnp.eye(n, dtype=dtype)
+    # A is symmetric: its transpose is what LAPACK's column-major order wants, which saves XLA from
+    # rebuilding A transposed.
+    lower = jax.lax.linalg.cholesky(damped.T, symmetrize_input=False)
+    pivots = jnp.diagonal(lower) ** 2
+    smallest, largest = jnp.min(pivots, initial=jnp.inf), jnp.max(pivots, initial=0)
+    sound = jnp.all(jnp.isfinite(pivots)) & (smallest > jnp.finfo(dtype).eps * largest)
+    needed = (damping <= 0) | ~(sound | (n == 0))
+
+    def decompose(carry: tuple[jax.Array, Eigen]) -> tuple[jax.Array, Eigen]:
+        return jnp.asarray(False), eigen(matrix, definite=definite)
+
+    empty = Eigen(jnp.zeros((n,), dtype), jnp.zeros((n, n), dtype))
+    _, spectrum = jax.lax.while_loop(lambda c: c[0], decompose, (needed, empty))
+
+    def by_eigen(b: jax.Array) -> jax.Array:
+        inner = damped_inverse(spectrum.values, damping) * matvec(spectrum.vectors.T, b)
+        return matvec(spectrum.vectors, inner)
+
+    def by_cholesky(b: jax.Array) -> jax.Array:
+        return jax.scipy.linalg.cho_solve((lower, True), b)
+
+    def solve(b: jax.Array) -> jax.Array:
+        return jax.lax.cond(needed, by_eigen, by_cholesky, b)
+
+    return Factor(solve, needed)
+
+
+def solve_in_range(
+    matrix: jax.Array, solve: Callable[[jax.Array], jax.Array], b: jax.Array
+) -> jax.Array:
+    """A^+ b for b in the range of A, by conjugate gradients preconditioned with (A + damping I)^-1.
+
+    The preconditioned eigenvalues h / (h + damping) cluster at 1, so a few products with A suffice;
+    modes far below the damping come last and are the first to be given up.
+
+    Args:
+      matrix: A, positive semi-definite (n, n).
+      solve: b -> (A + damping I)^-1 b.
+      b: (n,).
+
+    Returns:
+      A^+ b, (n,).
+    """
+    tolerance = 10 * jnp.finfo(matrix.dtype).eps
+    # A diagnostic must stay cheap beside the factorisation, n / 3 products.
+    iterations = max(12, 2**14 // max(matrix.shape[0], 1))
+
+    class State(NamedTuple):
+        x: jax.Array
+        r: jax.Array
+        p: jax.Array
+        rho: jax.Array
+        count: jax.Array
+
+    z = solve(b)
+    first = jnp.dot(b, z, precision=_HIGHEST)
+
+    def step(s: State) -> State:
+        ap = matvec(matrix, s.p)
+        alpha = s.rho / jnp.dot(s.p, ap, precision=_HIGHEST)
+        r = s.r - alpha * ap
+        z = solve(r)
+        rho = jnp.dot(r, z, precision=_HIGHEST)
+        return State(s.x + alpha * s.p, r, z + rho / s.rho * s.p, rho, s.count + 1)
+
+    def unfinished(s: State) -> jax.Array:
+        return (s.rho > tolerance * first) & (s.count < iterations)
+
+    start = State(jnp.zeros_like(b), b, z, first, jnp.zeros((), jnp.int32))
+    return jax.lax.while_loop(unfinished, step, start).x

@@ -1,0 +1,116 @@
+"""Vectors that are pytrees: the few operations on them that optax.tree lacks."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+
+
+def work_dtype(*trees: Tree) -> jnp.dtype:
+    """The dtype linear algebra runs in: float64 when any leaf is, float32 otherwise."""
+    dtypes = (jnp.dtype(leaf.dtype) for tree in trees for leaf in jax.tree.leaves(tree))
+    return jnp.dtype(jnp.float64 if any(d == jnp.float64 for d in dtypes) else jnp.float32)
+
+
+def cast(tree: Tree, dtype: jnp.dtype) -> Tree:
+    """Casts every leaf to one dtype."""
+    return jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), tree)
+
+
+def cast_like(tree: Tree, like: Tree) -> Tree:
+    """Casts leaf by leaf to the dtypes of `like`; finite values stay finite (they saturate)."""
+
+    def leaf(x: jax.Array, target: jax.Array) -> jax.Array:
+        if jnp.finfo(x.dtype).max <= jnp.finfo(target.dtype).max:
+            return x.astype(target.dtype)
+        # Rounding may carry the largest value of the narrow dtype to infinity: clip to it exactly.
+        limit = jnp.asarray(jnp.finfo(target.dtype).max, x.dtype)
+        return jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x).astype(target.dtype)
+
+    return jax.tree.map(leaf, tree, like)
+
+
+def size(tree: Tree) -> int:
+    """The number of scalars in a tree, P for parameters."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def ravel(tree: Tree) -> jax.Array:
+    """All leaves of one dtype, in tree order, as one vector (P,)."""
+    leaves = jax.tree.leaves(tree)
+    if not leaves:
+        return jnp.zeros((0,), jnp.float32)
+    return jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
+
+
+def unravel(vector: jax.Array, like: Tree) -> Tree:
+    """The inverse of `ravel`: a tree with the shapes of `like` and the dtype of `vector`."""
+    leaves, treedef = jax.tree.flatten(like)
+    pieces, start = [], 0
+    for leaf in leaves:
+        stop = start + math.prod(leaf.shape)
+        pieces.append(vector[start:stop].reshape(leaf.shape))
+        start = stop
+    return jax.tree.unflatten(treedef, pieces)
+
+
+def max_abs(tree: Tree, dtype: jnp.dtype) -> jax.Array:
+    """The largest absolute value in a tree, 0 for a tree without scalars."""
+    largest = jnp.zeros((), dtype)
+    for leaf in jax.tree.leaves(tree):
+        largest = jnp.maximum(largest, jnp.max(jnp.abs(leaf), initial=0).astype(dtype))
+    return largest
+
+
+def all_finite(tree: Tree) -> jax.Array:
+    """True when every scalar of a tree is finite."""
+    finite = jnp.asarray(True)
+    for leaf in jax.tree.leaves(tree):
+        finite = finite & jnp.all(jnp.isfinite(leaf))
+    return finite
+
+
+def vdot(a: Tree, b: Tree, dtype: jnp.dtype) -> jax.Array:
+    """The inner product of two trees of one dtype, at full precision."""
+    total = jnp.zeros((), dtype)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        total = total + jnp.vdot(x, y, precision=jax.lax.Precision.HIGHEST).astype(dtype)
+    return total
+
+
+def scale(tree: Tree, factor: jax.Array) -> Tree:
+    """Multiplies every leaf by a scalar of the leaves' dtype."""
+    return jax.tree.map(lambda x: factor * x, tree)
+
+
+def add_scaled(a: Tree, factor: jax.Array, b: Tree) -> Tree:
+    """a + factor * b, leaf by leaf."""
+    return jax.tree.map(lambda x, y: x + factor * y, a, b)
+
+
+def zeros_like(tree: Tree) -> Tree:
+    """Zeros in the working dtype, sharded like the leaves; shapes alone are enough."""
+    dtype = work_dtype(tree)
+
+    def leaf(x: Any) -> jax.Array:
+        if isinstance(x, jax.Array):
+            return jnp.zeros_like(x, dtype=dtype)
+        return jnp.zeros(x.shape, dtype)
+
+    return jax.tree.map(leaf, tree)
+
+
+def normalised(tree: Tree, dtype: jnp.dtype) -> tuple[Tree, jax.Array]:
+    """A tree divided by a power of two (exact) near its largest entry, and that power."""
+    largest = max_abs(tree, dtype)
+    usable = (largest > 0) & jnp.isfinite(largest)
+    _, exponent = jnp.frexp(jnp.where(usable, largest, 1))
+    half = exponent // 2
+    one = jnp.ones((), dtype)
+    # In two factors: the reciprocal of the largest or smallest power alone would not be finite.
+    down, rest = jnp.ldexp(one, -half), jnp.ldexp(one, half - exponent)
+    size = jnp.ldexp(one, exponent)
+    return jax.tree.map(lambda x: x * down * rest, tree), size

@@ -1,0 +1,184 @@
+"""A metric at a point: what solvers see of it.
+
+The one place where a metric, parameters and a batch meet. Everything downstream asks the resulting
+:class:`Curvature` for products or rows and knows neither model nor likelihood.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax import _trees
+from natgrad_jax import examples
+from natgrad_jax.jacobian import Jacobian
+from natgrad_jax.jacobian import dense_jacobian
+from natgrad_jax.metrics import Metric
+from natgrad_jax.metrics import OutputMetric
+
+Tree = Any
+Linear = Callable[[Tree], Tree]
+
+
+class Curvature(NamedTuple):
+    """F at one point. Its functions do their work when called, so nothing unused is computed.
+
+    Attributes:
+      params: the parameters, for their shapes.
+      dtype: the dtype that linear algebra runs in.
+      name: the metric's public name.
+      definite: whether F is positive semi-definite by construction.
+      linearize: () -> (v -> F v), on params-like trees of `dtype`. The model is linearised by this
+        call: make it once, outside loops.
+      num_rows: () -> M, the rows of R; None when F has no rows.
+      jacobian: () -> the rows R of F = R^T R; None when F has no rows.
+    """
+
+    params: Tree
+    dtype: jnp.dtype
+    name: str
+    definite: bool
+    linearize: Callable[[], Linear]
+    num_rows: Callable[[], int] | None = None
+    jacobian: Callable[[], Jacobian] | None = None
+
+
+def curvature(metric: Metric, params: Tree, batch: Tree, key: jax.Array | None) -> Curvature:
+    """Puts a metric at `params` and `batch`; `key` fixes its samples.
+
+    Raises:
+      ValueError: the metric samples and there is no key.
+    """
+    if metric.needs_key and key is None:
+        raise ValueError(f"{metric.name}: this metric draws samples: pass key=jax.random.key(...)")
+    dtype = _trees.work_dtype(params)
+    here = Curvature(params, dtype, metric.name, metric.definite, lambda: lambda v: v)
+    if metric.outputs is None:
+        return here
+    if metric.output_metric is None:
+        return here._replace(linearize=lambda: _hessian_product(metric, params, batch, dtype))
+
+    def output_metric(outputs: Tree) -> OutputMetric:
+        examples.check_outputs(metric.name, outputs, metric.groups(batch))
+        return metric.output_metric(outputs, batch, key)
+
+    def linearize() -> Linear:
+        outputs, push, pull = linear_maps(lambda p: metric.outputs(p, batch), params)
+        product = output_metric(outputs).product
+
+        def fisher_product(v: Tree) -> Tree:
+            cotangent = product(push(_trees.cast_like(v, params)))
+            return _trees.cast(pull(_trees.cast_like(cotangent, outputs)), dtype)
+
+        return fisher_product
+
+    def num_rows() -> int:
+        zeros = lambda c: jnp.zeros(c.shape, c.dtype)
+        coefficients = lambda p: output_metric(metric.outputs(p, batch)).coefficients
+        return _trees.size(jax.eval_shape(lambda p: jax.tree.map(zeros, coefficients(p)), params))
+
+    def jacobian() -> Jacobian:
+        at_outputs = output_metric(metric.outputs(params, batch))
+        groups = metric.groups(batch)
+        return dense_jacobian(metric.name, metric.outputs, params, batch, at_outputs, groups)
+
+    return here._replace(linearize=linearize, num_rows=num_rows, jacobian=jacobian)
+
+
+def dense_matrix(here: Curvature) -> jax.Array:
+    """F as a matrix (P, P), leaves raveled in tree order."""
+    if here.jacobian is not None:
+        rows = here.jacobian().matrix()
+        return jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
+    product = here.linearize()
+    basis = jnp.eye(_trees.size(here.params), dtype=here.dtype)
+    column = lambda e: _trees.ravel(product(_trees.unravel(e, here.params)))
+    return jax.vmap(column, out_axes=1)(basis)
+
+
+def diagonal(here: Curvature) -> Tree:
+    """The diagonal of F, params-like; without rows by one product for each parameter."""
+    if here.jacobian is not None:
+        return here.jacobian().diagonal()
+    product, n = here.linearize(), _trees.size(here.params)
+
+    def entry(i: jax.Array) -> jax.Array:
+        unit = (jnp.arange(n) == i).astype(here.dtype)
+        return _trees.ravel(product(_trees.unravel(unit, here.params)))[i]
+
+    return _trees.unravel(jax.lax.map(entry, jnp.arange(n)), here.params)
+
+
+def blocks(here: Curvature) -> Tree:
+    """For every leaf of P_l parameters its diagonal block of F, (P_l, P_l)."""
+    if here.jacobian is not None:
+        return here.jacobian().blocks()
+    product = here.linearize()
+    leaves, treedef = jax.tree.flatten(here.params)
+    zeros = [jnp.zeros(leaf.shape, here.dtype) for leaf in leaves]
+
+    def block(i: int) -> jax.Array:
+        def column(e: jax.Array) -> jax.Array:
+            tangent = [*zeros[:i], e.reshape(leaves[i].shape), *zeros[i + 1 :]]
+            return jax.tree.leaves(product(jax.tree.unflatten(treedef, tangent)))[i].reshape(-1)
+
+        return jax.vmap(column, out_axes=1)(jnp.eye(leaves[i].size, dtype=here.dtype))
+
+    return jax.tree.unflatten(treedef, [block(i) for i in range(len(leaves))])
+
+
+def squared_length(
+    metric: Metric, params: Tree, batch: Tree, tangent: Tree, key: jax.Array | None = None
+) -> jax.Array:
+    """d^T F d by one Jacobian product, with the metric that measures distances.
+
+    That is the exact Fisher matrix of the metric's model and likelihood where it has them, so that
+    no key is needed; the metric itself otherwise.
+    """
+    dtype = _trees.work_dtype(params)
+    wide = _trees.cast(tangent, dtype)
+    if metric.distance_metric is None:
+        product = curvature(metric, params, batch, key).linearize()
+        return _trees.vdot(wide, product(wide), dtype)
+    outputs, pushed = push_forward(lambda p: metric.outputs(p, batch), params, wide)
+    examples.check_outputs(metric.name, outputs, metric.groups(batch))
+    product = metric.distance_metric(outputs, batch, key).product(pushed)
+    return _trees.vdot(_trees.cast(pushed, dtype), _trees.cast(product, dtype), dtype)
+
+
+def linear_maps(function: Linear, params: Tree) -> tuple[Tree, Linear, Linear]:
+    """Outputs of a function, its Jacobian product v -> J v and the transposed one u -> J^T u.
+
+    Where the function has no forward mode (`jax.custom_vjp`), J v is the transpose of its vjp.
+    """
+    try:
+        outputs, push = jax.linearize(function, params)
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        outputs, pull = jax.vjp(function, params)
+        push_tuple = jax.linear_transpose(pull, outputs)
+        return outputs, lambda v: push_tuple((v,))[0], lambda u: pull(u)[0]
+    transpose = jax.linear_transpose(push, params)
+    return outputs, push, lambda u: transpose(u)[0]
+
+
+def push_forward(function: Linear, params: Tree, tangent: Tree) -> tuple[Tree, Tree]:
+    """Outputs of a function and one Jacobian product J v."""
+    tangent = _trees.cast_like(tangent, params)
+    try:
+        return jax.jvp(function, (params,), (tangent,))
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        outputs, push, _ = linear_maps(function, params)
+        return outputs, push(tangent)
+
+
+def _hessian_product(metric: Metric, params: Tree, batch: Tree, dtype: jnp.dtype) -> Linear:
+    value = jax.eval_shape(metric.outputs, params, batch)
+    if jax.tree.structure(value) != jax.tree.structure(0) or value.shape != ():
+        raise ValueError(f"{metric.name}: loss(params, batch) must return a scalar, got {value}")
+    _, product = jax.linearize(jax.grad(lambda p: metric.outputs(p, batch)), params)
+    return lambda v: _trees.cast(product(_trees.cast_like(v, params)), dtype)

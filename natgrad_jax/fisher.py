@@ -1,0 +1,392 @@
+"""The Fisher matrix and its relatives, as pure functions of (metric, params, batch).
+
+They agree with one another: the same key draws the same samples in all of them. Each is compiled
+once for each metric object, so build a metric once and keep it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax import _boundary
+from natgrad_jax import _symmetric
+from natgrad_jax import _trees
+from natgrad_jax import curvature as _curvature
+from natgrad_jax import examples
+from natgrad_jax.curvature import Curvature
+from natgrad_jax.curvature import curvature
+from natgrad_jax.likelihoods import Joint
+from natgrad_jax.likelihoods import Likelihood
+from natgrad_jax.metrics import Metric
+
+Tree = Any
+
+
+def score(
+    log_prob: Callable[[Tree, Tree], jax.Array], params: Tree, batch: Tree, *, batch_axes: Tree = 0
+) -> Tree:
+    r"""Per-example scores.
+
+    .. math::
+        s_n = \nabla_\theta \log p(x_n | \theta)
+
+    Args:
+      log_prob: function (params, batch) -> log-probabilities (N,).
+      params: parameters, a pytree of real arrays.
+      batch: pytree of arrays that hold N examples.
+      batch_axes: along which axis of each batch leaf examples lie, as ``in_axes`` of ``jax.vmap``.
+
+    Returns:
+      A tree like ``params`` with a leading axis N.
+
+    Raises:
+      ValueError: batch leaves disagree on N, or none holds examples.
+
+    Examples:
+      >>> import jax.numpy as jnp, natgrad_jax as ng
+      >>> log_prob = lambda mean, x: -0.5 * (x - mean) ** 2
+      >>> ng.score(log_prob, jnp.array(1.0), jnp.array([0.0, 1.0, 3.0])).tolist()
+      [-1.0, 0.0, 2.0]
+
+    Notes:
+      One backward pass for each example, batched by vmap; N x P numbers.
+    """
+    _check("score", params, batch)
+    (group,) = examples.example_groups("score", batch, batch_axes)
+    if group.size is None:
+        raise ValueError("score: no leaf of the batch holds examples; give batch and batch_axes")
+    return _score(log_prob, group, params, batch)
+
+
+def fisher_matrix(
+    metric: Metric, params: Tree, batch: Tree, *, key: jax.Array | None = None
+) -> jax.Array:
+    r"""The Fisher matrix, as the sum of outer products of its rows.
+
+    .. math::
+        F = \sum_r w_r J_r^T M_r J_r = R^T R
+
+    Args:
+      metric: the metric F.
+      params: parameters, a pytree of real arrays with P numbers.
+      batch: pytree of arrays, as the metric's model takes it.
+      key: random key, for a metric that samples.
+
+    Returns:
+      (P, P), leaves raveled in tree order. For `hessian` the Hessian.
+
+    Raises:
+      ValueError: the metric samples and there is no key.
+
+    Examples:
+      A mean and a log-scale are orthogonal, with information 1 / scale^2 and 2:
+
+      >>> import jax.numpy as jnp, natgrad_jax as ng
+      >>> model = lambda p, x: (p["mean"] + 0 * x, p["log_scale"] + 0 * x)
+      >>> params = {"log_scale": jnp.log(0.5), "mean": jnp.array(3.0)}
+      >>> metric = ng.exact_fisher(model, ng.DiagonalNormal())
+      >>> ng.fisher_matrix(metric, params, jnp.zeros((5,))).round(4).tolist()
+      [[2.0, 0.0], [0.0, 4.0]]
+
+    Notes:
+      O(P^2) memory. Rows are taken example by example: examples must not mix.
+    """
+    _check("fisher_matrix", params, batch, metric)
+    return _dense(metric, params, batch, key)
+
+
+def fisher_vector_product(
+    metric: Metric, params: Tree, batch: Tree, tangent: Tree, *, key: jax.Array | None = None
+) -> Tree:
+    r"""The product F v, by one Jacobian product and one transposed one.
+
+    .. math::
+        F v = J^T W M J v
+
+    Args:
+      metric: the metric F.
+      params: parameters, a pytree of real arrays.
+      batch: pytree of arrays, as the metric's model takes it.
+      tangent: v, a tree like ``params``.
+      key: random key, for a metric that samples.
+
+    Returns:
+      A tree like ``tangent``, with its dtypes.
+
+    Raises:
+      ValueError: ``tangent`` is not like ``params``; the metric samples and there is no key.
+
+    Examples:
+      >>> import jax.numpy as jnp, natgrad_jax as ng
+      >>> metric = ng.exact_fisher(lambda p, x: x @ p, ng.Bernoulli())
+      >>> x, p, v = jnp.array([[1.0, 2.0], [3.0, -1.0]]), jnp.zeros((2,)), jnp.array([1.0, -1.0])
+      >>> product = ng.fisher_vector_product(metric, p, x, v)
+      >>> bool(jnp.allclose(product, ng.fisher_matrix(metric, p, x) @ v))
+      True
+
+    Notes:
+      About 1.7 gradients, O(P) memory. Examples may mix: J is that of the whole batch.
+    """
+    _check("fisher_vector_product", params, batch, metric)
+    _boundary.check_like_params("fisher_vector_product", "tangent", tangent, params)
+    return _product(metric, params, batch, tangent, key)
+
+
+def fisher_quadratic_form(
+    metric: Metric, params: Tree, batch: Tree, tangent: Tree, *, key: jax.Array | None = None
+) -> jax.Array:
+    r"""The squared length d^T F d, by one Jacobian product.
+
+    Half of it is the KL divergence that a step d moves the model's distribution, to second order.
+
+    Args:
+      metric: the metric F.
+      params: parameters, a pytree of real arrays.
+      batch: pytree of arrays, as the metric's model takes it.
+      tangent: d, a tree like ``params``.
+      key: random key, for a metric that samples.
+
+    Returns:
+      A scalar in nats (times 2) per row.
+
+    Raises:
+      ValueError: ``tangent`` is not like ``params``; the metric samples and there is no key.
+
+    Examples:
+      >>> import jax.numpy as jnp, natgrad_jax as ng
+      >>> metric = ng.exact_fisher(lambda p, x: x @ p, ng.Normal())
+      >>> x = jnp.array([[1.0, 2.0], [3.0, -1.0]])
+      >>> float(ng.fisher_quadratic_form(metric, jnp.zeros((2,)), x, jnp.array([1.0, 0.0])))
+      5.0
+    """
+    _check("fisher_quadratic_form", params, batch, metric)
+    _boundary.check_like_params("fisher_quadratic_form", "tangent", tangent, params)
+    return _quadratic_form(metric, params, batch, tangent, key)
+
+
+def fisher_diagonal(
+    metric: Metric, params: Tree, batch: Tree, *, key: jax.Array | None = None
+) -> Tree:
+    r"""The diagonal of the Fisher matrix.
+
+    Args:
+      metric: the metric F.
+      params: parameters, a pytree of real arrays.
+      batch: pytree of arrays, as the metric's model takes it.
+      key: random key, for a metric that samples.
+
+    Returns:
+      A tree like ``params``, in at least float32.
+
+    Raises:
+      ValueError: the metric samples and there is no key.
+
+    Examples:
+      >>> import jax.numpy as jnp, natgrad_jax as ng
+      >>> metric = ng.exact_fisher(lambda p, x: x @ p, ng.Normal())
+      >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> ng.fisher_diagonal(metric, jnp.zeros((2,)), x).round(4).tolist()
+      [5.0, 10.0]
+
+    Notes:
+      The square of the mean gradient is *not* this diagonal.
+    """
+    _check("fisher_diagonal", params, batch, metric)
+    return _diagonal(metric, params, batch, key)
+
+
+def gram_matrix(
+    metric: Metric, params: Tree, batch: Tree, *, key: jax.Array | None = None
+) -> jax.Array:
+    r"""The Gram matrix of the rows, R R^T, the Fisher matrix seen from sample space.
+
+    Its nonzero eigenvalues are those of F. Rows are ordered leaf after leaf of the outputs,
+    row-major within a leaf (a sampled Fisher has one row for each example and sample).
+
+    Args:
+      metric: a metric that has rows (not `hessian` or `euclidean`).
+      params: parameters, a pytree of real arrays.
+      batch: pytree of arrays, as the metric's model takes it.
+      key: random key, for a metric that samples.
+
+    Returns:
+      (M, M), row weights included: its trace is that of F.
+
+    Raises:
+      ValueError: the metric has no rows, or samples and there is no key.
+
+    Examples:
+      >>> import jax.numpy as jnp, natgrad_jax as ng
+      >>> metric = ng.gauss_newton(lambda p, x: x @ p)
+      >>> x = jnp.array([[1.0, 2.0, 0.0], [3.0, 4.0, 1.0]])
+      >>> bool(jnp.allclose(ng.gram_matrix(metric, jnp.zeros((3,)), x), x @ x.T / 2))
+      True
+    """
+    _check("gram_matrix", params, batch, metric)
+    if metric.output_metric is None:
+        raise ValueError(f"gram_matrix: the metric {metric.name} has no rows")
+    return _gram(metric, params, batch, key)
+
+
+def asymptotic_covariance(
+    metric: Metric,
+    params: Tree,
+    batch: Tree,
+    num_examples: int,
+    *,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    r"""The covariance of the maximum-likelihood estimate, to leading order.
+
+    .. math::
+        \mathrm{Cov}[\hat\theta] \approx \frac{1}{N} F(\hat\theta)^{-1}
+
+    the Cramer-Rao bound. Roots of its diagonal are standard errors.
+
+    Args:
+      metric: a Fisher metric, the mean over rows.
+      params: the estimate, P numbers.
+      batch: the data, as the metric's model takes it.
+      num_examples: N, how many rows the estimate was made from.
+      key: random key, for a metric that samples.
+
+    Returns:
+      (P, P), leaves raveled in tree order; the pseudo-inverse where F is singular.
+
+    Raises:
+      ValueError: the metric samples and there is no key.
+
+    Examples:
+      The mean of N numbers with standard deviation 2 has variance 4 / N:
+
+      >>> import jax.numpy as jnp, natgrad_jax as ng
+      >>> metric = ng.exact_fisher(lambda mean, x: mean + 0 * x, ng.Normal(scale=2.0))
+      >>> round(float(ng.asymptotic_covariance(metric, jnp.array(0.0), jnp.zeros((100,)), 100)[0, 0]), 6)
+      0.04
+
+    References:
+      Rao, 1945; Cramer, 1946.
+    """
+    _check("asymptotic_covariance", params, batch, metric)
+    return _covariance(metric, params, batch, num_examples, key)
+
+
+def kl_divergence(
+    model: Callable[[Tree, Tree], Tree],
+    likelihood: Likelihood,
+    params_p: Tree,
+    params_q: Tree,
+    batch: Tree,
+    *,
+    weights: Callable[[Tree], jax.Array] | None = None,
+    batch_axes: Tree = 0,
+) -> jax.Array:
+    r"""The mean KL divergence between the distributions of two parameter values.
+
+    .. math::
+        \sum_r w_r \mathrm{KL}\left[p(y | f_r(\theta_p)) \,\|\, p(y | f_r(\theta_q))\right]
+
+    Args:
+      model: function (params, batch) -> outputs.
+      likelihood: a :class:`Likelihood` with a KL.
+      params_p: parameters of the first distribution.
+      params_q: parameters of the second.
+      batch: pytree of arrays, as the model takes it.
+      weights: as for :func:`exact_fisher`; by default the mean over rows.
+      batch_axes: as for :func:`exact_fisher`.
+
+    Returns:
+      A scalar in nats.
+
+    Raises:
+      ValueError: the two parameter trees differ in structure or shapes.
+      TypeError: the likelihood has no KL.
+
+    Examples:
+      To second order it is half the Fisher quadratic form:
+
+      >>> import jax.numpy as jnp, natgrad_jax as ng
+      >>> model, x = (lambda p, x: x @ p), jnp.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> p, d = jnp.array([0.1, -0.2]), jnp.array([0.01, -0.02])
+      >>> kl = ng.kl_divergence(model, ng.Bernoulli(), p, p + d, x)
+      >>> form = ng.fisher_quadratic_form(ng.exact_fisher(model, ng.Bernoulli()), p, x, d)
+      >>> bool(jnp.allclose(kl, form / 2, rtol=0.05))
+      True
+    """
+    _check("kl_divergence", params_p, batch)
+    _boundary.check_like_params("kl_divergence", "params_q", params_q, params_p)
+    groups = examples.example_groups("kl_divergence", batch, batch_axes)
+    return _kl(model, likelihood, weights, groups, params_p, params_q, batch)
+
+
+def _check(caller: str, params: Tree, batch: Tree, metric: Metric | None = None) -> None:
+    if metric is not None:
+        _boundary.check_metric(caller, metric)
+    _boundary.check_params(caller, params)
+    _boundary.check_batch(caller, batch)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _score(log_prob, group: examples.Group, params: Tree, batch: Tree) -> Tree:
+    total = lambda p, one: jnp.sum(log_prob(p, one))
+    return examples.vmap_examples(lambda one: jax.grad(total)(params, one), batch, group)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _dense(metric: Metric, params: Tree, batch: Tree, key: jax.Array | None) -> jax.Array:
+    return _curvature.dense_matrix(curvature(metric, params, batch, key))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _product(metric: Metric, params: Tree, batch: Tree, tangent: Tree, key) -> Tree:
+    here = curvature(metric, params, batch, key)
+    return _trees.cast_like(here.linearize()(_trees.cast(tangent, here.dtype)), tangent)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _quadratic_form(metric: Metric, params: Tree, batch: Tree, tangent: Tree, key) -> jax.Array:
+    curvature(metric, params, batch, key)
+    own = metric._replace(distance_metric=metric.output_metric)
+    return _curvature.squared_length(own, params, batch, tangent, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _diagonal(metric: Metric, params: Tree, batch: Tree, key: jax.Array | None) -> Tree:
+    return _curvature.diagonal(curvature(metric, params, batch, key))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gram(metric: Metric, params: Tree, batch: Tree, key: jax.Array | None) -> jax.Array:
+    return curvature(metric, params, batch, key).jacobian().gram()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _covariance(metric: Metric, params: Tree, batch: Tree, num_examples, key) -> jax.Array:
+    here: Curvature = curvature(metric, params, batch, key)
+    spectrum = _symmetric.eigen(_curvature.dense_matrix(here), definite=here.definite)
+    inverse = _symmetric.damped_inverse(spectrum.values, jnp.zeros((), here.dtype))
+    scaled = spectrum.vectors * (inverse / num_examples)[None, :]
+    return jnp.matmul(scaled, spectrum.vectors.T, precision=jax.lax.Precision.HIGHEST)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _kl(model, likelihood, weights, groups, params_p: Tree, params_q: Tree, batch: Tree):
+    outputs_p, outputs_q = model(params_p, batch), model(params_q, batch)
+    examples.check_outputs("kl_divergence", outputs_p, groups)
+    row_weights = examples.row_weights("kl_divergence", weights, batch, outputs_p, groups)
+    return _mean_kl(likelihood, outputs_p, outputs_q, row_weights)
+
+
+def _mean_kl(likelihood: Likelihood, outputs_p: Tree, outputs_q: Tree, row_weights: Tree):
+    leaves = jax.tree.leaves(row_weights)
+    if isinstance(likelihood, Joint) and len({w.shape for w in leaves}) > 1:
+        # Heads with rows of their own: each is averaged over its own.
+        heads = likelihood.likelihoods
+        names = list(heads) if isinstance(heads, dict) else range(len(heads))
+        parts = (outputs_p, outputs_q, row_weights)
+        return sum(_mean_kl(heads[n], *(part[n] for part in parts)) for n in names)
+    divergence = likelihood.kl(outputs_p, outputs_q)
+    return jnp.dot(leaves[0].astype(divergence.dtype), divergence, precision="highest")

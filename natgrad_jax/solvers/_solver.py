@@ -1,0 +1,91 @@
+"""What every solver of (F + damping I) d = g is made of."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax.curvature import Curvature
+
+Tree = Any
+
+#: Stands in `Report.outside_row_space` and `Report.relative_residual` for "not measured". It is no
+#: NaN, so that `jax_debug_nans` and finiteness checks of states keep working.
+NOT_MEASURED = -1.0
+
+
+class Report(NamedTuple):
+    """How a solve went; the same fields and dtypes for every solver.
+
+    Attributes:
+      iterations: products with F that an iterative solver took, 0 for direct ones. int32.
+      relative_residual: ||(F + damping I) d - g|| / ||g||, or -1 where it was not measured. float32.
+      outside_row_space: the share of ||d|| outside the row space of R, where g was only divided by
+        the damping, or -1 where it was not measured. float32.
+      eigen_taken: whether an eigendecomposition was used. bool.
+      negative_curvature: whether conjugate gradients met d^T (F + damping I) d <= 0. bool.
+    """
+
+    iterations: jax.Array
+    relative_residual: jax.Array
+    outside_row_space: jax.Array
+    eigen_taken: jax.Array
+    negative_curvature: jax.Array
+
+
+def report(
+    *,
+    iterations: jax.typing.ArrayLike = 0,
+    relative_residual: jax.typing.ArrayLike = NOT_MEASURED,
+    outside_row_space: jax.typing.ArrayLike = NOT_MEASURED,
+    eigen_taken: jax.typing.ArrayLike = False,
+    negative_curvature: jax.typing.ArrayLike = False,
+) -> Report:
+    """A report in its fixed dtypes."""
+    return Report(
+        jnp.asarray(iterations).astype(jnp.int32),
+        jnp.asarray(relative_residual).astype(jnp.float32),
+        jnp.asarray(outside_row_space).astype(jnp.float32),
+        jnp.asarray(eigen_taken).astype(jnp.bool_),
+        jnp.asarray(negative_curvature).astype(jnp.bool_),
+    )
+
+
+Solve = Callable[[Tree, Any], tuple[Tree, Any, Report]]
+
+
+class Solver(NamedTuple):
+    """A solver of (F + damping I) d = g, as a pair of functions.
+
+    Attributes:
+      name: the public function that made it.
+      init: params -> solver state. It may meet shapes or placeholders in place of arrays.
+      prepare: (curvature, damping, state) -> (solve, state). Does once what does not depend on g;
+        `solve(g, state) -> (d, state, report)` may then be called several times.
+      needs_rows: whether it works on the rows R of F = R^T R.
+    """
+
+    name: str
+    init: Callable[[Tree], Any]
+    prepare: Callable[[Curvature, jax.Array, Any], tuple[Solve, Any]]
+    needs_rows: bool = False
+
+
+def stateless(params: Tree) -> tuple[()]:
+    """The state of a solver that keeps none."""
+    del params
+    return ()
+
+
+def relative(residual: jax.Array, g: jax.Array) -> jax.Array:
+    """||residual|| / ||g||, 0 for g = 0; g is scaled to order one before any solve."""
+    norm = jnp.linalg.norm(g)
+    return jnp.where(norm > 0, jnp.linalg.norm(residual) / jnp.where(norm > 0, norm, 1), 0)
+
+
+def outside_share(inside_squared: jax.Array, total_squared: jax.Array) -> jax.Array:
+    """sqrt(1 - inside / total) for squared norms, 0 for 0 / 0."""
+    positive = total_squared > 0
+    ratio = inside_squared / jnp.where(positive, total_squared, 1)
+    return jnp.where(positive, jnp.sqrt(jnp.clip(1 - ratio, 0, 1)), 0)

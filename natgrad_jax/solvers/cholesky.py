@@ -1,0 +1,76 @@
+"""The dense solver: F as a P x P matrix."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax import _symmetric
+from natgrad_jax import _trees
+from natgrad_jax.curvature import Curvature
+from natgrad_jax.curvature import dense_matrix
+from natgrad_jax.solvers import _solver
+from natgrad_jax.solvers._solver import Report
+from natgrad_jax.solvers._solver import Solve
+from natgrad_jax.solvers._solver import Solver
+
+Tree = Any
+
+
+def cholesky() -> Solver:
+    r"""Solves with the dense Fisher matrix by a Cholesky factorisation.
+
+    .. math::
+        d = (F + \lambda I)^{-1} g
+
+    With damping 0, and where the factorisation fails, an eigendecomposition takes its place: damping
+    0 means the pseudo-inverse, its spectrum cut at eps x P x (largest eigenvalue).
+
+    Returns:
+      A :class:`Solver`, for every metric.
+
+    Examples:
+      >>> import jax.numpy as jnp, natgrad_jax as ng
+      >>> metric = ng.gauss_newton(lambda p, x: x @ p)
+      >>> x = jnp.array([[1.0, 0.0], [0.0, 2.0]])
+      >>> d, info = ng.natural_gradient_direction(
+      ...     metric, jnp.zeros((2,)), x, jnp.ones((2,)), solver=ng.cholesky(), damping=0.5)
+      >>> bool(jnp.allclose(d, jnp.array([1 / (0.5 + 0.5), 1 / (2 + 0.5)])))
+      True
+
+    Notes:
+      O(P^2) memory, O(M P^2 + P^3) work: for small models. In float32 one step of iterative
+      refinement follows, at O(P^2). Eigenvalues of a Hessian keep their sign.
+    """
+
+    def prepare(here: Curvature, damping: jax.Array, state: tuple[()]) -> tuple[Solve, tuple[()]]:
+        matrix = dense_matrix(here)
+        factor = _symmetric.factorize(matrix, damping, definite=here.definite)
+
+        def residual(d: jax.Array, g: jax.Array) -> jax.Array:
+            return g - _symmetric.matvec(matrix, d) - damping * d
+
+        def outside(d: jax.Array) -> jax.Array:
+            if not here.definite:
+                return jnp.asarray(_solver.NOT_MEASURED, here.dtype)
+            pushed = _symmetric.matvec(matrix, d)
+            inside = _symmetric.solve_in_range(matrix, factor.solve, pushed)
+            share = _solver.outside_share(jnp.sum(inside**2), jnp.sum(d**2))
+            return jnp.where(damping > 0, share, 0)
+
+        def solve(gradient: Tree, state: tuple[()]) -> tuple[Tree, tuple[()], Report]:
+            g = _trees.ravel(gradient)
+            d = factor.solve(g)
+            if here.dtype == jnp.float32:
+                # Not with damping 0, where what is left of g lies outside the range and stays.
+                d = jnp.where(damping > 0, d + factor.solve(residual(d, g)), d)
+            outcome = _solver.report(
+                relative_residual=_solver.relative(residual(d, g), g),
+                outside_row_space=outside(d),
+                eigen_taken=factor.eigen_taken,
+            )
+            return _trees.unravel(d, here.params), state, outcome
+
+        return solve, state
+
+    return Solver("cholesky", _solver.stateless, prepare)

@@ -1,0 +1,144 @@
+"""The natural gradient direction as an optax transformation."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgrad_jax import _sharding
+from natgrad_jax import _trees
+from natgrad_jax import direction
+from natgrad_jax.metrics import Metric
+from natgrad_jax.solvers._solver import Solver
+from natgrad_jax.solvers.automatic import AUTOMATIC
+from natgrad_jax.transforms import _call
+from natgrad_jax.transforms import _random
+
+Tree = Any
+
+
+class ScaleByNaturalGradientState(NamedTuple):
+    """State of :func:`scale_by_natural_gradient`.
+
+    Attributes:
+      count: updates made so far, which schedules see. int32.
+      key: uint32 key data that the next samples are drawn from.
+      velocity: phi, the momentum in direction space before the learning rate; None without.
+      solver: the solver's own state.
+      info: diagnostics of the last update.
+    """
+
+    count: jax.Array
+    key: jax.Array
+    velocity: Tree
+    solver: Any
+    info: direction.NaturalGradientInfo
+
+
+def scale_by_natural_gradient(
+    metric: Metric,
+    *,
+    solver: Solver | None = None,
+    damping: optax.ScalarOrSchedule = 1e-3,
+    momentum: optax.ScalarOrSchedule | None = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replaces a gradient g by the natural gradient direction, keeping its sign.
+
+    .. math::
+        d_k = (F + \lambda I)^{-1} g_k
+        \qquad\text{or, with momentum}\qquad
+        \phi_k = \mu \phi_{k-1} + (F + \lambda I)^{-1} (g_k - \mu F \phi_{k-1})
+
+    with the metric F at the current parameters and batch, damping :math:`\lambda` and momentum
+    :math:`\mu` (SPRING, for every solver).
+
+    Args:
+      metric: the metric F, from `exact_fisher`, `sampled_fisher`, `empirical_fisher`,
+        `gauss_newton`, `hessian` or `euclidean`.
+      solver: `cholesky`, `woodbury`, `cg`, `spectral` (exact), `diagonal`, `block_diagonal`
+        (approximate), or None, which chooses an exact one from static shapes.
+      damping: :math:`\lambda \ge 0` in units of F, or a schedule of the update count. 0 means the
+        pseudo-inverse. ``update`` also takes ``damping=``, which goes before.
+      momentum: :math:`\mu`, or a schedule; None for no momentum and no buffer.
+      key: seed or key (typed or legacy) of the samples of a sampling metric.
+
+    Returns:
+      An ``optax.GradientTransformationExtraArgs``, whose ``update(grads, state, params, *, batch)``
+      needs the parameters and the keyword ``batch`` and is compiled also when called eagerly. Under
+      ``optax.masked`` or ``optax.partition`` pass ``full_params=params`` as well. Unknown keywords
+      are ignored. The state is a :class:`ScaleByNaturalGradientState` with diagnostics in ``info``.
+
+    Raises:
+      TypeError, ValueError: metric, solver or key are no such thing, or do not fit one another.
+
+    Examples:
+      Linear regression, solved by one undamped step:
+
+      >>> import jax, jax.numpy as jnp, optax, natgrad_jax as ng
+      >>> x, y = jnp.array([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]]), jnp.array([1.0, 3.0, 5.0])
+      >>> loss = lambda p: 0.5 * jnp.mean((x @ p - y) ** 2)
+      >>> tx = optax.chain(
+      ...     ng.scale_by_natural_gradient(ng.gauss_newton(lambda p, b: b[0] @ p - b[1]), damping=0.0),
+      ...     optax.scale(-1.0))
+      >>> params = jnp.zeros((2,))
+      >>> updates, state = tx.update(jax.grad(loss)(params), tx.init(params), params, batch=(x, y))
+      >>> bool(jnp.allclose(optax.apply_updates(params, updates), jnp.array([1.0, 2.0]), atol=1e-4))
+      True
+
+    References:
+      Amari, 1998; Goldshlager, Abrahamsen and Lin, 2024, A Kaczmarz-inspired approach to accelerate
+      the optimization of neural network wavefunctions (SPRING).
+    """
+    name = "scale_by_natural_gradient"
+    direction.check_arguments(name, metric, solver, damping)
+    solve = AUTOMATIC if solver is None else solver
+    keys = _random.key_stream(name, key)
+
+    default_damping = damping
+
+    def init_fn(params: Tree) -> ScaleByNaturalGradientState:
+        state = ScaleByNaturalGradientState(
+            count=jnp.zeros((), jnp.int32),
+            key=keys.start(),
+            velocity=None if momentum is None else _trees.zeros_like(params),
+            solver=solve.init(params),
+            info=direction.empty_info(),
+        )
+        return _sharding.place_beside(state, params)
+
+    def update_fn(
+        updates: Tree,
+        state: ScaleByNaturalGradientState,
+        params: Tree | None = None,
+        *,
+        batch: Tree = _call.MISSING,
+        damping: jax.typing.ArrayLike | None = None,
+        full_params: Tree | None = None,
+        **extra_args: Any,
+    ) -> tuple[Tree, ScaleByNaturalGradientState]:
+        del extra_args
+        _call.check(name, updates, params, batch)
+        at_count = lambda x: x(state.count) if callable(x) else x
+        key, sample_key = keys.split(state.key)
+        core = functools.partial(direction.compiled_direction, metric, solve)
+        operands = (
+            updates,
+            params,
+            batch,
+            at_count(default_damping if damping is None else damping),
+            sample_key,
+            state.solver,
+            at_count(momentum),
+            state.velocity,
+            full_params,
+        )
+        like = (updates, state.solver, state.velocity, state.info)
+        d, solver_state, velocity, info = _sharding.run(core, operands, like)
+        count = optax.safe_increment(state.count)
+        new = ScaleByNaturalGradientState(count, key, velocity, solver_state, info)
+        return _sharding.keep(d, updates), _call.keep_types(new, state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,45 @@
+"""Settings of every test: eight CPU devices, float32, and no implicit promotion of any kind."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+# The backend reads these once, when JAX first starts it.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@contextlib.contextmanager
+def _configured(**options: object) -> Iterator[None]:
+    # `config.update` rather than a context manager: `jax.enable_x64` is missing from jax 0.7. All
+    # of these options are part of the key of every jit cache, so that nothing leaks between modes.
+    previous = {name: getattr(jax.config, name) for name in options}
+    try:
+        for name, value in options.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in previous.items():
+            jax.config.update(name, value)
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Float64 for one test."""
+    with _configured(jax_enable_x64=True):
+        yield
+
+
+@pytest.fixture
+def standard_promotion() -> Iterator[None]:
+    """JAX's own defaults, for code of others: `optax.adam` and `optax.MultiSteps` need them."""
+    with _configured(jax_numpy_dtype_promotion="standard", jax_numpy_rank_promotion="allow"):
+        yield

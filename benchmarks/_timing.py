@@ -37,7 +37,9 @@ def interleaved(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def print_ratios(title: str, times: dict[str, float], unit: str, per: dict[str, float] | None = None) -> None:
+def print_ratios(
+    title: str, times: dict[str, float], unit: str, per: dict[str, float] | None = None
+) -> None:
     """Prints every time and its ratio to `times[unit]`, each divided by its count in `per`."""
     print(f"{title}  ({jax.devices()[0].device_kind}, jax {jax.__version__})")
     for name, value in times.items():
@@ -45,7 +47,9 @@ def print_ratios(title: str, times: dict[str, float], unit: str, per: dict[str, 
         print(f"  {name:<44} {1e3 * value / count:10.2f} ms   {value / count / times[unit]:8.2f} x")
 
 
-def mlp(sizes: tuple[int, ...], key: jax.Array, dtype: Any = jnp.float32) -> list[dict[str, jax.Array]]:
+def mlp(
+    sizes: tuple[int, ...], key: jax.Array, dtype: Any = jnp.float32
+) -> list[dict[str, jax.Array]]:
     """Parameters of a fully connected net, variance 1 / fan-in."""
     keys = jax.random.split(key, len(sizes) - 1)
     return [
@@ -57,7 +61,9 @@ def mlp(sizes: tuple[int, ...], key: jax.Array, dtype: Any = jnp.float32) -> lis
     ]
 
 
-def apply_mlp(params: list[dict[str, jax.Array]], x: jax.Array, linear: tuple[int, ...] = ()) -> jax.Array:
+def apply_mlp(
+    params: list[dict[str, jax.Array]], x: jax.Array, linear: tuple[int, ...] = ()
+) -> jax.Array:
     """tanh after every layer but the last and those in `linear`."""
     for i, layer in enumerate(params):
         x = x @ layer["w"] + layer["b"]

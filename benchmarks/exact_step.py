@@ -62,10 +62,14 @@ def measure(width: int, batch: int) -> None:
     reference = directions["woodbury"]
     for name in directions:
         if not name.startswith("cg"):
-            same = jax.tree.map(lambda a, b: jnp.allclose(a, b, atol=1e-3), directions[name], reference)
+            same = jax.tree.map(
+                lambda a, b: jnp.allclose(a, b, atol=1e-3), directions[name], reference
+            )
             assert all(jax.tree.leaves(same)), f"{name} and woodbury disagree"
     times = _timing.interleaved(functions, rounds=5, seconds=60)
-    _timing.print_ratios(f"MLP 16-{width}-{width}-10, P = {size}, N = {batch}", times, "value_and_grad")
+    _timing.print_ratios(
+        f"MLP 16-{width}-{width}-10, P = {size}, N = {batch}", times, "value_and_grad"
+    )
 
 
 def main() -> None:

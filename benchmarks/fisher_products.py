@@ -22,14 +22,18 @@ def main() -> None:
 
     product = jax.jit(lambda p, x, v: ng.fisher_vector_product(metric, p, x, v))
     pushed = lambda p: jax.jvp(lambda q: model(q, images), (p,), (grads,))[1]
-    form = jnp.vdot(pushed(params), likelihood.fisher_product(model(params, images), pushed(params)))
+    form = jnp.vdot(
+        pushed(params), likelihood.fisher_product(model(params, images), pushed(params))
+    )
     inner = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, grads, product(params, images, grads))))
     assert jnp.allclose(inner, form / images.shape[0], rtol=1e-4), (inner, form / images.shape[0])
 
     def direction(iterations: int):
         solver = ng.cg(max_iterations=iterations, tol=1e-30, warm_start=False)
         return jax.jit(
-            lambda p, x, g: ng.natural_gradient_direction(metric, p, x, g, solver=solver, damping=1e-2)
+            lambda p, x, g: ng.natural_gradient_direction(
+                metric, p, x, g, solver=solver, damping=1e-2
+            )
         )
 
     short, long = direction(1), direction(1 + ITERATIONS)

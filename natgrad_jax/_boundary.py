@@ -46,11 +46,23 @@ def check_batch(caller: str, batch: Tree) -> None:
             )
 
 
+def check_real(caller: str, name: str, tree: Tree) -> None:
+    """Raises unless every leaf is real: a cast would drop imaginary parts."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"{caller}: {name}{jax.tree_util.keystr(path)} must be real floating point, got"
+                f" {jnp.result_type(leaf)}"
+            )
+
+
 def check_like_params(caller: str, name: str, tree: Tree, params: Tree) -> None:
-    """Raises unless `tree` has the structure and the shapes of `params`."""
+    """Raises unless `tree` is real, with the structure and the shapes of `params`."""
     structure, expected = jax.tree.structure(tree), jax.tree.structure(params)
-    if structure != expected:
-        raise ValueError(f"{caller}: {name} must be a tree like params, {expected}, got {structure}")
+    if structure != expected:  # type: ignore[operator]
+        raise ValueError(
+            f"{caller}: {name} must be a tree like params, {expected}, got {structure}"
+        )
     for (path, leaf), like in zip(
         jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(params), strict=True
     ):
@@ -59,6 +71,7 @@ def check_like_params(caller: str, name: str, tree: Tree, params: Tree) -> None:
                 f"{caller}: {name}{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, the"
                 f" parameter has {jnp.shape(like)}"
             )
+    check_real(caller, name, tree)
 
 
 def fill_masked(metric: Metric, params: Tree, full_params: Tree | None) -> Metric:
@@ -72,8 +85,8 @@ def fill_masked(metric: Metric, params: Tree, full_params: Tree | None) -> Metri
         return metric
     if full_params is None:
         raise ValueError(
-            f"{metric.name}: some parameters are hidden (optax.MaskedNode), but the metric needs all of"
-            " them: pass full_params=params to update"
+            f"{metric.name}: some parameters are hidden (optax.MaskedNode), but the metric"
+            " needs all of them: pass full_params=params to update"
         )
 
     def outputs(visible: Tree, batch: Tree) -> Tree:

@@ -1,4 +1,4 @@
-"""Arrays spread over devices: running dense linear algebra on them, and giving types back as found."""
+"""Arrays spread over devices: dense linear algebra on them, and types given back as found."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +37,11 @@ def place_beside(state: Tree, params: Tree) -> Tree:
     update on.
     """
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
-    named = [s for s in shardings if isinstance(s, NamedSharding) and isinstance(s.mesh, jax.sharding.Mesh)]
+    named = [
+        s
+        for s in shardings
+        if isinstance(s, NamedSharding) and isinstance(s.mesh, jax.sharding.Mesh)
+    ]
     if not named or _traced(params):
         return state
     everywhere = NamedSharding(named[0].mesh, PartitionSpec())

@@ -129,7 +129,7 @@ def solve_in_range(
         r: jax.Array
         p: jax.Array
         rho: jax.Array
-        count: jax.Array
+        count: jax.Array  # type: ignore[assignment]  # a field, not tuple.count
 
     z = solve(b)
     first = jnp.dot(b, z, precision=_HIGHEST)

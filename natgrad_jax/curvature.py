@@ -178,7 +178,7 @@ def push_forward(function: Linear, params: Tree, tangent: Tree) -> tuple[Tree, T
 
 def _hessian_product(metric: Metric, params: Tree, batch: Tree, dtype: jnp.dtype) -> Linear:
     value = jax.eval_shape(metric.outputs, params, batch)
-    if jax.tree.structure(value) != jax.tree.structure(0) or value.shape != ():
+    if len(jax.tree.leaves(value)) != 1 or jax.tree.leaves(value)[0].shape != ():
         raise ValueError(f"{metric.name}: loss(params, batch) must return a scalar, got {value}")
     _, product = jax.linearize(jax.grad(lambda p: metric.outputs(p, batch)), params)
     return lambda v: _trees.cast(product(_trees.cast_like(v, params)), dtype)

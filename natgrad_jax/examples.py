@@ -136,7 +136,8 @@ def row_weights(
     if weights is not None:
         value = weights(batch)
         parts, structure = jax.tree.flatten(value)
-        given = parts if structure == treedef else parts * len(leaves)
+        same = structure == treedef  # type: ignore[operator]
+        given = parts if same else parts * len(leaves)
         if len(given) != len(leaves):
             raise ValueError(
                 f"{caller}: weights(batch) must be one array or a tree like the outputs"
@@ -145,7 +146,10 @@ def row_weights(
     dtype = _trees.work_dtype(outputs)
     return jax.tree.unflatten(
         treedef,
-        [_normalised(caller, w, x.shape[0], groups, dtype) for w, x in zip(given, leaves)],
+        [
+            _normalised(caller, w, x.shape[0], groups, dtype)
+            for w, x in zip(given, leaves, strict=True)
+        ],
     )
 
 
@@ -198,4 +202,6 @@ def vmap_examples(
         ]
         return function(jax.tree.unflatten(structure, parts), *extras)
 
-    return jax.vmap(one, in_axes=(list(group.axes), *(0 for _ in per_example)))(leaves, *per_example)
+    return jax.vmap(one, in_axes=(list(group.axes), *(0 for _ in per_example)))(
+        leaves, *per_example
+    )

@@ -264,8 +264,9 @@ def asymptotic_covariance(
 
       >>> import jax.numpy as jnp, natgrad_jax as ng
       >>> metric = ng.exact_fisher(lambda mean, x: mean + 0 * x, ng.Normal(scale=2.0))
-      >>> round(float(ng.asymptotic_covariance(metric, jnp.array(0.0), jnp.zeros((100,)), 100)[0, 0]), 6)
-      0.04
+      >>> covariance = ng.asymptotic_covariance(metric, jnp.array(0.0), jnp.zeros((100,)), 100)
+      >>> covariance.round(4).tolist()
+      [[0.04]]
 
     References:
       Rao, 1945; Cramer, 1946.

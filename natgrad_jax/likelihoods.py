@@ -99,6 +99,11 @@ class _ClosedForm(Likelihood):
     M is given by its diagonal, `_information`, or by its products, `_fisher` and `_factor`.
     """
 
+    _log_prob: Callable[..., jax.Array]
+    _sample: Callable[..., Tree]
+    _kl: Callable[..., jax.Array]
+    _information: Callable[..., Tree]
+
     def log_prob(self, outputs, targets):
         call = _call(self, "log_prob")
         z = self._read(call, outputs)
@@ -357,22 +362,27 @@ class Joint(Likelihood):
             raise ValueError("Joint: needs at least one likelihood, got none")
 
     def log_prob(self, outputs, targets):
+        """Log-probabilities of all heads, summed, (N,)."""
         return self._sum("log_prob", outputs, targets)
 
     def sample(self, key, outputs):
+        """Targets of every head, each from a key of its own."""
         keys = dict(zip(self._heads, jax.random.split(key, len(self._heads)), strict=True))
         z, like_outputs = self._parts("sample", outputs)
         draw = lambda name: self._heads[name].sample(keys[name], z[name])
         return like_outputs({name: draw(name) for name in self._heads})
 
     def kl(self, outputs_p, outputs_q):
+        """KL divergences of all heads, summed, (N,)."""
         return self._sum("kl", outputs_p, outputs_q)
 
     def fisher_product(self, outputs, tangents):
+        """M v, head by head."""
         results, like_outputs = self._map("fisher_product", outputs, tangents)
         return like_outputs(results)
 
     def fisher_factor_product(self, outputs, coefficients):
+        """B u, head by head."""
         results, like_outputs = self._map("fisher_factor_product", outputs, coefficients)
         return like_outputs(results)
 

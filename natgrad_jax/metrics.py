@@ -280,9 +280,11 @@ def gauss_newton(
     r"""The Gauss-Newton matrix of a least-squares loss.
 
     .. math::
-        F = \sum_i \frac{1}{N_i} \sum_n J_{in}^T J_{in}, \qquad J_{in} = \partial r_{in} / \partial\theta,
+        F = \sum_i \frac{1}{N_i} \sum_n J_{in}^T J_{in}, \qquad
+        J_{in} = \partial r_{in} / \partial\theta,
 
-    the metric of the loss :math:`\sum_i \frac{1}{2 N_i} \sum_n \|r_{in}\|^2` over residual leaves i.
+    the metric of the loss :math:`\sum_i \frac{1}{2 N_i} \sum_n \|r_{in}\|^2` over residual
+    leaves i.
 
     Args:
       residual: function (params, batch) -> tree of residuals, leaves of shape (N_i, ...).

@@ -4,6 +4,7 @@ One backward pass for each example and column of the output-space factor B, batc
 rows take M x P numbers.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,8 @@ def dense_jacobian(
     pieces: list[Any] = [None] * len(coefficients)
     for group in groups:
         columns = _columns(caller, coefficients, group, groups)
+        if not columns:
+            continue  # examples of a size that no output has
         cotangents = _cotangents(output_metric, columns, group)
         stacked = _example_rows(caller, function, params, batch, cotangents, group)
         start = 0
@@ -97,7 +100,9 @@ def _cotangents(output_metric: Any, columns: dict[int, int], group: examples.Gro
         # outputs leaf by leaf.
         if len(columns) < len(leaves) and i not in columns:
             return None
-        return jnp.moveaxis(x.reshape(total, count, x.shape[1] // max(count, 1), *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(
+            x.reshape(total, count, x.shape[1] // max(count, 1), *x.shape[2:]), 1, 0
+        )
 
     return [split(i, x) for i, x in enumerate(jax.tree.leaves(stacked))]
 
@@ -138,7 +143,8 @@ def _products(rows: list[jax.Array], params: Tree, dtype: jnp.dtype) -> Jacobian
 
     def product(tangent: Tree) -> jax.Array:
         tangents = [v.reshape(-1).astype(dtype) for v in jax.tree.leaves(tangent)]
-        return sum(jnp.dot(r, v, precision=_HIGHEST) for r, v in zip(rows, tangents, strict=True))
+        parts = [jnp.dot(r, v, precision=_HIGHEST) for r, v in zip(rows, tangents, strict=True)]
+        return functools.reduce(jnp.add, parts)
 
     def transposed_product(u: jax.Array) -> Tree:
         parts = [jnp.dot(u, r, precision=_HIGHEST) for r in rows]
@@ -150,7 +156,9 @@ def _products(rows: list[jax.Array], params: Tree, dtype: jnp.dtype) -> Jacobian
     return Jacobian(
         product=product,
         transposed_product=transposed_product,
-        gram=lambda: sum(jnp.matmul(r, r.T, precision=_HIGHEST) for r in rows),
+        gram=lambda: functools.reduce(
+            jnp.add, [jnp.matmul(r, r.T, precision=_HIGHEST) for r in rows]
+        ),
         diagonal=lambda: unflatten(
             [jnp.sum(r * r, axis=0).reshape(s.shape) for r, s in zip(rows, shapes, strict=True)]
         ),

@@ -20,7 +20,7 @@ class Report(NamedTuple):
 
     Attributes:
       iterations: products with F that an iterative solver took, 0 for direct ones. int32.
-      relative_residual: ||(F + damping I) d - g|| / ||g||, or -1 where it was not measured. float32.
+      relative_residual: ||(F + damping I) d - g|| / ||g||, or -1 where not measured. float32.
       outside_row_space: the share of ||d|| outside the row space of R, where g was only divided by
         the damping, or -1 where it was not measured. float32.
       eigen_taken: whether an eigendecomposition was used. bool.

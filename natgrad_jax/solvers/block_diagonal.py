@@ -50,7 +50,11 @@ def block_diagonal() -> Solver:
                 for factor, g, leaf in zip(factors, jax.tree.leaves(gradient), leaves, strict=True)
             ]
             taken = jnp.asarray([False, *(factor.eigen_taken for factor in factors)])
-            return jax.tree.unflatten(treedef, parts), state, _solver.report(eigen_taken=jnp.any(taken))
+            return (
+                jax.tree.unflatten(treedef, parts),
+                state,
+                _solver.report(eigen_taken=jnp.any(taken)),
+            )
 
         return solve, state
 

@@ -37,7 +37,7 @@ class _Iterate(NamedTuple):
     rho: jax.Array
     best: Tree
     residual: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # a field, not tuple.count
     broken: jax.Array
     negative: jax.Array
 
@@ -141,11 +141,17 @@ def cg(
                 relative_residual=jnp.where(norm > 0, jnp.sqrt(ratio), 0),
                 negative_curvature=last.negative,
             )
-            return last.best, CGState(last.best if warm_start else None, state.preconditioner), outcome
+            return (
+                last.best,
+                CGState(last.best if warm_start else None, state.preconditioner),
+                outcome,
+            )
 
         return solve, CGState(state.previous, inner_state)
 
-    return Solver("cg", init, prepare, needs_rows=preconditioner is not None and preconditioner.needs_rows)
+    return Solver(
+        "cg", init, prepare, needs_rows=preconditioner is not None and preconditioner.needs_rows
+    )
 
 
 def _preconditioner(
@@ -159,10 +165,8 @@ def _preconditioner(
     return lambda r: jax.lax.cond(damping > 0, apply, lambda r: r, r), inner
 
 
-def _rescaled(
-    x: Tree, ax: Tree, g: Tree, damping: jax.Array, here: Curvature
-) -> tuple[Tree, Tree]:
-    """The multiple of a starting point that comes closest, 0 where that is 0 / 0 or damping is 0."""
+def _rescaled(x: Tree, ax: Tree, g: Tree, damping: jax.Array, here: Curvature) -> tuple[Tree, Tree]:
+    """The multiple of a starting point that comes closest, 0 where that is 0 / 0 or undamped."""
     energy = _trees.vdot(x, ax, here.dtype)
     usable = (energy > 0) & (damping > 0)
     alpha = jnp.where(usable, _trees.vdot(x, g, here.dtype) / jnp.where(usable, energy, 1), 0)

@@ -23,8 +23,8 @@ def cholesky() -> Solver:
     .. math::
         d = (F + \lambda I)^{-1} g
 
-    With damping 0, and where the factorisation fails, an eigendecomposition takes its place: damping
-    0 means the pseudo-inverse, its spectrum cut at eps x P x (largest eigenvalue).
+    With damping 0, and where the factorisation fails, an eigendecomposition takes its place:
+    damping 0 means the pseudo-inverse, its spectrum cut at eps x P x (largest eigenvalue).
 
     Returns:
       A :class:`Solver`, for every metric.

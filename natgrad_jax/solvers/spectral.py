@@ -83,9 +83,7 @@ def _in_parameter_space(here: Curvature, damping: jax.Array, gains: Gain) -> Sol
         d = _symmetric.matvec(vectors, modes)
         outside = jnp.sum(jnp.where(values == 0, modes, 0) ** 2)
         outcome = _solver.report(
-            relative_residual=_solver.relative(
-                g - _symmetric.matvec(matrix, d) - damping * d, g
-            ),
+            relative_residual=_solver.relative(g - _symmetric.matvec(matrix, d) - damping * d, g),
             outside_row_space=_solver.outside_share(jnp.sum(modes**2) - outside, jnp.sum(modes**2)),
             eigen_taken=True,
         )

@@ -82,7 +82,9 @@ def woodbury() -> Solver:
                 fisher_d = rows.transposed_product(rows.product(d))
                 left = jax.tree.map(lambda g, f, d: g - f - damping * d, g, fisher_d, d)
                 correction = primal(left, dual(left)[1])
-                return jnp.asarray(False), _trees.add_scaled(d, jnp.ones((), here.dtype), correction)
+                return jnp.asarray(False), _trees.add_scaled(
+                    d, jnp.ones((), here.dtype), correction
+                )
 
             return jax.lax.while_loop(lambda c: c[0], step, (pays, d))[1]
 

@@ -31,8 +31,8 @@ def natural_gradient(
     .. math::
         \theta_{k+1} = \theta_k - \eta \left[ (F + \lambda I)^{-1} g_k + w \theta_k \right]
 
-    with learning rate :math:`\eta`, metric F, damping :math:`\lambda` and weight decay w: a chain of
-    :func:`scale_by_natural_gradient` (with momentum), ``optax.add_decayed_weights``,
+    with learning rate :math:`\eta`, metric F, damping :math:`\lambda` and weight decay w: a chain
+    of :func:`scale_by_natural_gradient` (with momentum), ``optax.add_decayed_weights``,
     ``optax.scale_by_learning_rate`` and :func:`clip_by_kl`, so that the limit ``max_kl`` holds for
     the step that is applied.
 

@@ -30,7 +30,7 @@ class ScaleByNaturalGradientState(NamedTuple):
       info: diagnostics of the last update.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # a field, not tuple.count
     key: jax.Array
     velocity: Tree
     solver: Any
@@ -80,9 +80,9 @@ def scale_by_natural_gradient(
       >>> import jax, jax.numpy as jnp, optax, natgrad_jax as ng
       >>> x, y = jnp.array([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]]), jnp.array([1.0, 3.0, 5.0])
       >>> loss = lambda p: 0.5 * jnp.mean((x @ p - y) ** 2)
+      >>> metric = ng.gauss_newton(lambda p, b: b[0] @ p - b[1])
       >>> tx = optax.chain(
-      ...     ng.scale_by_natural_gradient(ng.gauss_newton(lambda p, b: b[0] @ p - b[1]), damping=0.0),
-      ...     optax.scale(-1.0))
+      ...     ng.scale_by_natural_gradient(metric, damping=0.0), optax.scale(-1.0))
       >>> params = jnp.zeros((2,))
       >>> updates, state = tx.update(jax.grad(loss)(params), tx.init(params), params, batch=(x, y))
       >>> bool(jnp.allclose(optax.apply_updates(params, updates), jnp.array([1.0, 2.0]), atol=1e-4))

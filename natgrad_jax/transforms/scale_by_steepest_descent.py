@@ -1,11 +1,14 @@
 """Steepest descent for other norms, what the natural gradient generalises."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from natgrad_jax import _boundary
+from natgrad_jax import _sharding
 from natgrad_jax import _trees
 
 Tree = Any
@@ -42,19 +45,25 @@ def scale_by_steepest_descent(norm: str) -> optax.GradientTransformationExtraArg
     References:
       Boyd and Vandenberghe, 2004, Convex optimization, section 9.4.
     """
-    rules = {"l1": _largest_entry, "l2": _unit_length}
-    if norm not in rules:
+    if norm not in _RULES:
         raise ValueError(f"scale_by_steepest_descent: unknown norm {norm!r}; take 'l1' or 'l2'")
 
     def update_fn(
         updates: Tree, state: optax.EmptyState, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, optax.EmptyState]:
         del params, extra_args
-        dtype = _trees.work_dtype(updates)
-        unit, _ = _trees.normalised(_trees.cast(updates, dtype), dtype)
-        return _trees.cast_like(rules[norm](unit, dtype), updates), state
+        _boundary.check_real("scale_by_steepest_descent: update()", "updates", updates)
+        direction = _sharding.run(functools.partial(_steepest, norm), (updates,), updates)
+        return _sharding.keep(direction, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _steepest(norm: str, updates: Tree) -> Tree:
+    dtype = _trees.work_dtype(updates)
+    unit, _ = _trees.normalised(_trees.cast(updates, dtype), dtype)
+    return _trees.cast_like(_RULES[norm](unit, dtype), updates)
 
 
 def _unit_length(g: Tree, dtype: jnp.dtype) -> Tree:
@@ -70,3 +79,6 @@ def _largest_entry(g: Tree, dtype: jnp.dtype) -> Tree:
     magnitude = jnp.where(jnp.isnan(flat), jnp.inf, jnp.abs(flat))
     place = jnp.arange(flat.shape[0]) == jnp.argmax(magnitude)
     return _trees.unravel(jnp.where(place, jnp.sign(flat), jnp.zeros((), dtype)), g)
+
+
+_RULES = {"l1": _largest_entry, "l2": _unit_length}

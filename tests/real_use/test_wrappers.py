@@ -74,7 +74,7 @@ def direction(params, batch, grads, **kwargs):
 
 @pytest.mark.smoke
 def test_a_realistic_chain_learns_the_digits(params, pixels):
-    """Clipping, schedules, weight decay, a bound on the KL, accidents skipped, parameters averaged."""
+    """Clipping, schedules, decay, a bound on the KL, accidents skipped, parameters averaged."""
     rate = optax.schedules.warmup_cosine_decay_schedule(0.1, 1.0, 3, 20)
     damping = optax.schedules.exponential_decay(1e-1, 20, 1e-1)
     tx = optax.apply_if_finite(

@@ -52,6 +52,8 @@ def curvature(metric: Metric, params: Tree, batch: Tree, key: jax.Array | None) 
     """
     if metric.needs_key and key is None:
         raise ValueError(f"{metric.name}: this metric draws samples: pass key=jax.random.key(...)")
+    if metric.groups is not None:
+        metric.groups(batch)  # sizes that disagree are named before the model trips over them
     dtype = _trees.work_dtype(params)
     here = Curvature(params, dtype, metric.name, metric.definite, lambda: lambda v: v)
     if metric.outputs is None:
@@ -88,6 +90,8 @@ def curvature(metric: Metric, params: Tree, batch: Tree, key: jax.Array | None) 
 
 def dense_matrix(here: Curvature) -> jax.Array:
     """F as a matrix (P, P), leaves raveled in tree order."""
+    if not jax.tree.leaves(here.params):
+        return jnp.zeros((0, 0), here.dtype)
     if here.jacobian is not None:
         rows = here.jacobian().matrix()
         return jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
@@ -99,6 +103,8 @@ def dense_matrix(here: Curvature) -> jax.Array:
 
 def diagonal(here: Curvature) -> Tree:
     """The diagonal of F, params-like; without rows by one product for each parameter."""
+    if not jax.tree.leaves(here.params):
+        return here.params
     if here.jacobian is not None:
         return here.jacobian().diagonal()
     product, n = here.linearize(), _trees.size(here.params)
@@ -137,12 +143,15 @@ def squared_length(
     no key is needed; the metric itself otherwise.
     """
     dtype = _trees.work_dtype(params)
+    if not jax.tree.leaves(params):
+        return jnp.zeros((), dtype)
     wide = _trees.cast(tangent, dtype)
     if metric.distance_metric is None:
         product = curvature(metric, params, batch, key).linearize()
         return _trees.vdot(wide, product(wide), dtype)
+    groups = metric.groups(batch)
     outputs, pushed = push_forward(lambda p: metric.outputs(p, batch), params, wide)
-    examples.check_outputs(metric.name, outputs, metric.groups(batch))
+    examples.check_outputs(metric.name, outputs, groups)
     product = metric.distance_metric(outputs, batch, key).product(pushed)
     return _trees.vdot(_trees.cast(pushed, dtype), _trees.cast(product, dtype), dtype)
 

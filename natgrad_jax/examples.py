@@ -29,15 +29,17 @@ class Group(NamedTuple):
     axes: tuple[int | None, ...]
 
 
-def leaf_axes(batch: Tree, batch_axes: Tree) -> tuple[int | None, ...]:
+def leaf_axes(caller: str, batch: Tree, batch_axes: Tree) -> tuple[int | None, ...]:
     """Spreads `batch_axes`, a tree prefix of `batch`, over the leaves of `batch`."""
     axes: list[int | None] = []
-    jax.tree.map(
-        lambda axis, part: axes.extend([axis] * len(jax.tree.leaves(part))),
-        batch_axes,
-        batch,
-        is_leaf=lambda x: x is None,
-    )
+    spread = lambda axis, part: axes.extend([axis] * len(jax.tree.leaves(part)))
+    try:
+        jax.tree.map(spread, batch_axes, batch, is_leaf=lambda x: x is None)
+    except ValueError as error:
+        raise ValueError(
+            f"{caller}: batch_axes must be a tree prefix of batch, got {batch_axes!r} for a batch"
+            f" of structure {jax.tree.structure(batch)}"
+        ) from error
     return tuple(axes)
 
 
@@ -59,7 +61,7 @@ def example_groups(
     Raises:
       ValueError: a mapped leaf lacks its axis, or sizes disagree where one is needed.
     """
-    axes = leaf_axes(batch, batch_axes)
+    axes = leaf_axes(caller, batch, batch_axes)
     sizes: list[int | None] = []
     for leaf, axis in zip(jax.tree.leaves(batch), axes, strict=True):
         if axis is not None and not -leaf.ndim <= axis < leaf.ndim:

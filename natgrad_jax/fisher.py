@@ -318,6 +318,8 @@ def kl_divergence(
       True
     """
     _check("kl_divergence", params_p, batch)
+    if not isinstance(likelihood, Likelihood):
+        raise TypeError(f"kl_divergence: likelihood must be a Likelihood, got {likelihood!r}")
     _boundary.check_like_params("kl_divergence", "params_q", params_q, params_p)
     groups = examples.example_groups("kl_divergence", batch, batch_axes)
     return _kl(model, likelihood, weights, groups, params_p, params_q, batch)
@@ -343,6 +345,8 @@ def _dense(metric: Metric, params: Tree, batch: Tree, key: jax.Array | None) -> 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _product(metric: Metric, params: Tree, batch: Tree, tangent: Tree, key) -> Tree:
+    if not jax.tree.leaves(params):
+        return tangent
     here = curvature(metric, params, batch, key)
     return _trees.cast_like(here.linearize()(_trees.cast(tangent, here.dtype)), tangent)
 

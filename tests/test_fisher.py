@@ -166,17 +166,23 @@ def test_dtypes_follow_the_convention(name, dtype, x64):
     # The model itself runs in the dtype of its parameters; rounding grows through its two layers.
     tolerance = 30 * float(jnp.finfo(dtype).eps) * np.abs(fisher).max()
 
-    found = ng.fisher_matrix(metric, params, batch)
-    assert found.dtype == work
+    @jax.jit
+    def everything(*arguments):
+        return (
+            ng.fisher_matrix(metric, *arguments[:2]),
+            ng.fisher_vector_product(metric, *arguments),
+            ng.fisher_diagonal(metric, *arguments[:2]),
+            ng.fisher_quadratic_form(metric, *arguments),
+        )
+
+    found, product, diagonal, form = everything(params, batch, tangent)
+    assert found.dtype == form.dtype == work
     np.testing.assert_allclose(found, fisher, atol=tolerance)
-    product = ng.fisher_vector_product(metric, params, batch, tangent)
     assert {leaf.dtype for leaf in jax.tree.leaves(product)} == {jnp.dtype(dtype)}
     np.testing.assert_allclose(
         flat(narrow(product, jnp.float64)), fisher @ v, atol=tolerance * np.linalg.norm(v)
     )
-    diagonal = ng.fisher_diagonal(metric, params, batch)
     assert {leaf.dtype for leaf in jax.tree.leaves(diagonal)} == {work}
-    assert ng.fisher_quadratic_form(metric, params, batch, tangent).dtype == work
 
 
 def test_leaves_of_different_dtypes():

@@ -86,6 +86,7 @@ def masked(make):
     return make(outputs, CATEGORICAL, weights=lambda batch: batch[2])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "make", [ng.exact_fisher, ng.sampled_fisher, ng.empirical_fisher], ids=lambda f: f.__name__
 )

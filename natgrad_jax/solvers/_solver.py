@@ -19,7 +19,7 @@ class Report(NamedTuple):
     """How a solve went; the same fields and dtypes for every solver.
 
     Attributes:
-      iterations: products with F that an iterative solver took, 0 for direct ones. int32.
+      iterations: of an iterative solver (its last run), 0 for direct ones. int32.
       relative_residual: ||(F + damping I) d - g|| / ||g||, or -1 where not measured. float32.
       outside_row_space: the share of ||d|| outside the row space of R, where g was only divided by
         the damping, or -1 where it was not measured. float32.

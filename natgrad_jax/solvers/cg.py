@@ -115,18 +115,16 @@ def cg(
             _iterate, product, precondition, tol=tol, limit=max_iterations, singular=damping <= 0
         )
 
-        def project(g: Tree) -> tuple[Tree, jax.Array]:
-            """The part of g in the range of F with damping 0, g itself otherwise; iterations."""
+        def project(g: Tree) -> Tree:
+            """The part of g in the range of F with damping 0, g itself otherwise."""
 
-            def run(carry: tuple[jax.Array, Tree, jax.Array]) -> tuple[jax.Array, Tree, jax.Array]:
-                last = iterate(fisher_product(carry[1]), zeros, zeros)
-                return jnp.asarray(False), last.best, last.count
+            def run(carry: tuple[jax.Array, Tree]) -> tuple[jax.Array, Tree]:
+                return jnp.asarray(False), iterate(fisher_product(carry[1]), zeros, zeros).best
 
-            start = (damping <= 0, g, jnp.zeros((), jnp.int32))
-            return jax.lax.while_loop(lambda c: c[0], run, start)[1:]
+            return jax.lax.while_loop(lambda c: c[0], run, (damping <= 0, g))[1]
 
         def solve(g: Tree, state: CGState) -> tuple[Tree, CGState, Report]:
-            target, count = project(g)
+            target = project(g)
             x, ax = zeros, zeros
             if warm_start:
                 x, ax = _rescaled(state.previous, product(state.previous), target, damping, here)
@@ -137,7 +135,7 @@ def cg(
             norm = squared(g)
             ratio = (last.residual + taken) / jnp.where(norm > 0, norm, 1)
             outcome = _solver.report(
-                iterations=last.count + count,
+                iterations=last.count,
                 relative_residual=jnp.where(norm > 0, jnp.sqrt(ratio), 0),
                 negative_curvature=last.negative,
             )
@@ -204,7 +202,7 @@ def _iterate(
         r = _trees.add_scaled(s.r, -alpha, ap)
         z = precondition(r)
         rho, residual = dot(r, z), dot(r, r)
-        better = ~singular | (residual < s.residual) | broken
+        better = ~singular | (residual < s.residual) | ((curvature < 0) & (s.count == 0))
         return _Iterate(
             x=x,
             r=r,

@@ -108,9 +108,9 @@ def _in_sample_space(here: Curvature, damping: jax.Array, gains: Gain) -> Solve:
         d = _trees.add_scaled(rows.transposed_product(u), null_gain, g)
         squared_g = _trees.vdot(g, g, here.dtype)
         squared_modes = inverse * modes**2
-        null_squared = jnp.maximum(squared_g - jnp.sum(squared_modes), 0)
-        left = jnp.sum((1 - (values + damping) * gain) ** 2 * squared_modes)
-        left = left + (1 - damping * null_gain) ** 2 * null_squared
+        fisher_d = rows.transposed_product(rows.product(d))
+        residual = jax.tree.map(lambda g, f, d: g - f - damping * d, g, fisher_d, d)
+        left = _trees.vdot(residual, residual, here.dtype)
         outcome = _solver.report(
             relative_residual=jnp.sqrt(left / jnp.where(squared_g > 0, squared_g, 1)),
             outside_row_space=_solver.outside_share(

@@ -72,33 +72,36 @@ def woodbury() -> Solver:
             u = jax.lax.cond(damping > 0, lambda w: -inverse * w, factor.solve, w)
             return _trees.add_scaled(rows.transposed_product(u), inverse, g)
 
-        def refined(g: Tree, d: Tree) -> Tree:
+        def refined(g: Tree, d: Tree, ratio: jax.Array) -> tuple[Tree, jax.Array]:
             """One step of refinement with products of R, where damping is small beside R R^T."""
             eps = jnp.finfo(here.dtype).eps
-            pays = (damping > 0) & (eps * jnp.linalg.norm(gram) > 1e-2 * damping)
+            pays = (
+                (damping > 0) & ~factor.eigen_taken & (eps * jnp.linalg.norm(gram) > 1e-2 * damping)
+            )
 
-            def step(carry: tuple[jax.Array, Tree]) -> tuple[jax.Array, Tree]:
-                _, d = carry
+            def left(d: Tree) -> Tree:
                 fisher_d = rows.transposed_product(rows.product(d))
-                left = jax.tree.map(lambda g, f, d: g - f - damping * d, g, fisher_d, d)
-                correction = primal(left, dual(left)[1])
-                return jnp.asarray(False), _trees.add_scaled(
-                    d, jnp.ones((), here.dtype), correction
-                )
+                return jax.tree.map(lambda g, f, d: g - f - damping * d, g, fisher_d, d)
 
-            return jax.lax.while_loop(lambda c: c[0], step, (pays, d))[1]
+            def step(carry: tuple[jax.Array, Tree, jax.Array]) -> tuple[jax.Array, Tree, jax.Array]:
+                r = left(carry[1])
+                d = _trees.add_scaled(carry[1], jnp.ones((), here.dtype), primal(r, dual(r)[1]))
+                measured = _solver.relative(_trees.ravel(left(d)), _trees.ravel(g))
+                return jnp.asarray(False), d, measured
+
+            return jax.lax.while_loop(lambda c: c[0], step, (pays, d, ratio))[1:]
 
         def solve(g: Tree, state: tuple[()]) -> tuple[Tree, tuple[()], Report]:
             y, w = dual(g)
-            d = primal(g, w)
+            d, ratio = primal(g, w), _relative_residual(g, y, w)
             if single:
-                d = refined(g, d)
+                d, ratio = refined(g, d, ratio)
             squared = lambda v: _trees.vdot(v, v, here.dtype)
             # R d = w, so the part of d in the row space is R^T (R R^T)^+ w.
             inside = jnp.dot(w, _symmetric.solve_in_range(gram, factor.solve, w))
             share = _solver.outside_share(inside, squared(d))
             outcome = _solver.report(
-                relative_residual=_relative_residual(g, y, w),
+                relative_residual=ratio,
                 outside_row_space=jnp.where(damping > 0, share, 0),
                 eigen_taken=factor.eigen_taken,
             )

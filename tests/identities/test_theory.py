@@ -92,6 +92,7 @@ def test_T3_fisher_is_minus_the_expected_hessian_of_the_log_probability():
     assert error(at_data, exact_matrix()) > VISIBLE
 
 
+@pytest.mark.smoke
 def test_T4_kl_is_half_the_quadratic_form_to_third_order():
     form = STEP @ exact_matrix() @ STEP
 

@@ -59,7 +59,6 @@ def with_singular_values(values, columns=7):
     return (left * values) @ right
 
 
-@pytest.mark.smoke
 @pytest.mark.usefixtures("x64")
 @exact_solvers
 @pytest.mark.parametrize("shape", SHAPES)
@@ -141,8 +140,9 @@ def test_the_scale_of_the_gradient_neither_under_nor_overflows(solver, scale):
 
 
 @pytest.mark.usefixtures("x64")
-@every_solver
-def test_solves_map_over_gradients_and_dampings(solver):
+@pytest.mark.parametrize("name", ["cholesky", "woodbury", "cg"])
+def test_solves_map_over_gradients_and_dampings(name):
+    solver = ALL[name]
     gradients, dampings = RNG.normal(size=(3, 7)), np.array([0.1, 0.0, 1.0])
     batch = SHAPES["wide"] * 2
 

@@ -87,6 +87,7 @@ def steps(solver, *gradients, matrix=SPREAD, damping=1e-3):
     return found, state
 
 
+@pytest.mark.smoke
 @pytest.mark.usefixtures("x64")
 def test_a_warm_start_saves_iterations():
     near = GRADIENT * (1 + 1e-4 * RNG.normal(size=8))

@@ -41,6 +41,7 @@ def test_without_damping_a_full_rank_matrix_is_inverted():
     assert eigen_taken
 
 
+@pytest.mark.smoke
 def test_singular_matrices_on_which_cholesky_succeeds_with_garbage():
     matrices, b = of_rank(11, number=200), RNG.normal(size=(200, 12))
     expected = np.stack(

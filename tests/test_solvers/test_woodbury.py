@@ -18,7 +18,7 @@ def solve(rows, g, damping):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("number", [1, 5, 9])
+@pytest.mark.parametrize("number", [1, 9])
 @pytest.mark.parametrize("damping", [0.1, 0.0])
 def test_any_number_of_rows(number, damping):
     rows, g = RNG.normal(size=(number, 5)), RNG.normal(size=5)
@@ -46,22 +46,19 @@ def test_damping_zero_differs_from_tiny_damping_outside_the_row_space():
 
 
 @pytest.mark.usefixtures("x64")
-def test_rows_of_real_metrics():
-    x, w = RNG.normal(size=(3, 4)), RNG.normal(size=(4, 3))
-    g = RNG.normal(size=(4, 3))
+def test_a_null_mode_of_the_gram_matrix_is_damped_like_any_other():
+    # Centered scores sum to zero.
+    x, w, g = RNG.normal(size=(3, 4)), RNG.normal(size=(4, 3)), RNG.normal(size=(4, 3))
     log_prob = lambda w, b: ng.Categorical().log_prob(b[0] @ w, b[1])
-    for metric, batch in (
-        (ng.exact_fisher(lambda w, x: x @ w, ng.Categorical()), x),
-        (ng.empirical_fisher(log_prob, centered=True), (x, np.array([0, 2, 1]))),
-    ):
-        d, info = ng.natural_gradient_direction(metric, w, batch, g, solver=WOODBURY, damping=0.01)
-        fisher = np.asarray(ng.fisher_matrix(metric, w, batch))
-        expected = np.linalg.solve(fisher + 0.01 * np.eye(12), g.ravel())
-        np.testing.assert_allclose(np.ravel(d), expected, rtol=1e-9)
-        # Both have null rows: the softmax cannot see a shift, nor the covariance the mean.
-        assert not info.eigen_taken
+    metric, batch = ng.empirical_fisher(log_prob, centered=True), (x, np.array([0, 2, 1]))
+    d, info = ng.natural_gradient_direction(metric, w, batch, g, solver=WOODBURY, damping=0.01)
+    fisher = np.asarray(ng.fisher_matrix(metric, w, batch))
+    expected = np.linalg.solve(fisher + 0.01 * np.eye(12), g.ravel())
+    np.testing.assert_allclose(np.ravel(d), expected, rtol=1e-9)
+    assert not info.eigen_taken
 
 
+@pytest.mark.smoke
 def test_float32_with_damping_far_below_the_spectrum():
     errors = []
     for _ in range(10):

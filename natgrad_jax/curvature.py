@@ -161,16 +161,24 @@ def linear_maps(function: Linear, params: Tree) -> tuple[Tree, Linear, Linear]:
 
     Where the function has no forward mode (`jax.custom_vjp`), J v is the transpose of its vjp.
     """
-    try:
-        outputs, push = jax.linearize(function, params)
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
+    if not _has_forward_mode(function, params):
         outputs, pull = jax.vjp(function, params)
         push_tuple = jax.linear_transpose(pull, outputs)
         return outputs, lambda v: push_tuple((v,))[0], lambda u: pull(u)[0]
+    outputs, push = jax.linearize(function, params)
     transpose = jax.linear_transpose(push, params)
     return outputs, push, lambda u: transpose(u)[0]
+
+
+def _has_forward_mode(function: Linear, params: Tree) -> bool:
+    # `linearize` lets a custom_vjp pass, and what it gives fails only where it is run.
+    try:
+        jax.eval_shape(lambda p: jax.jvp(function, (p,), (p,)), params)
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        return False
+    return True
 
 
 def push_forward(function: Linear, params: Tree, tangent: Tree) -> tuple[Tree, Tree]:

@@ -140,7 +140,7 @@ def row_weights(
         parts, structure = jax.tree.flatten(value)
         same = structure == treedef  # type: ignore[operator]
         given = parts if same else parts * len(leaves)
-        if len(given) != len(leaves):
+        if not same and structure != jax.tree.structure(0):  # type: ignore[operator]
             raise ValueError(
                 f"{caller}: weights(batch) must be one array or a tree like the outputs"
                 f" ({treedef}), got {structure}"

@@ -65,7 +65,8 @@ def woodbury() -> Solver:
             y = rows.product(g)
             w = factor.solve(y)
             if single:
-                w = jnp.where(damping > 0, w + factor.solve(residual(w, y)), w)
+                pays = (damping > 0) & ~factor.eigen_taken
+                w = jnp.where(pays, w + factor.solve(residual(w, y)), w)
             return y, w
 
         def primal(g: Tree, w: jax.Array) -> Tree:

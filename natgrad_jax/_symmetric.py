@@ -121,6 +121,8 @@ def solve_in_range(
       A^+ b, (n,).
     """
     tolerance = 10 * jnp.finfo(matrix.dtype).eps
+    norm = jnp.max(jnp.sum(jnp.abs(matrix), axis=1), initial=0)
+    rounding = 4 * matrix.shape[0] * jnp.finfo(matrix.dtype).eps * norm
     # A diagnostic must stay cheap beside the factorisation, n / 3 products.
     iterations = max(12, 2**14 // max(matrix.shape[0], 1))
 
@@ -136,10 +138,14 @@ def solve_in_range(
 
     def step(s: State) -> State:
         ap = matvec(matrix, s.p)
-        alpha = s.rho / jnp.dot(s.p, ap, precision=_HIGHEST)
+        curvature = jnp.dot(s.p, ap, precision=_HIGHEST)
+        # A direction whose curvature is rounding lies in the null space: what is left is noise.
+        null = curvature <= rounding * jnp.dot(s.p, s.p, precision=_HIGHEST)
+        alpha = jnp.where(null, 0, s.rho / jnp.where(null, 1, curvature))
         r = s.r - alpha * ap
         z = solve(r)
         rho = jnp.dot(r, z, precision=_HIGHEST)
+        rho = jnp.where(null, 0, rho)
         return State(s.x + alpha * s.p, r, z + rho / s.rho * s.p, rho, s.count + 1)
 
     def unfinished(s: State) -> jax.Array:

@@ -37,6 +37,7 @@ class _Iterate(NamedTuple):
     rho: jax.Array
     best: Tree
     residual: jax.Array
+    steepest: jax.Array
     count: jax.Array  # type: ignore[assignment]  # a field, not tuple.count
     broken: jax.Array
     negative: jax.Array
@@ -190,19 +191,24 @@ def _iterate(
     dtype = _trees.work_dtype(g)
     dot = lambda a, b: _trees.vdot(a, b, dtype)
     target = tol**2 * dot(g, g)
+    rounding = _trees.size(g) * jnp.finfo(dtype).eps
 
     def step(s: _Iterate) -> _Iterate:
         ap = product(s.p)
         curvature = dot(s.p, ap)
-        broken = curvature <= 0
+        length = dot(s.p, s.p)
+        steepest = jnp.maximum(s.steepest, curvature / length)
+        # Below rounding, the curvature of a singular A is noise: p lies in its null space.
+        null = singular & (curvature <= rounding * steepest * length)
+        broken = (curvature <= 0) | null
         alpha = jnp.where(broken, 0, s.rho / jnp.where(broken, 1, curvature))
         # With negative curvature at once there is no solution yet: the preconditioned gradient.
-        escape = jnp.where((curvature < 0) & (s.count == 0), 1, alpha)
+        escape = jnp.where((curvature < 0) & (s.count == 0) & ~null, 1, alpha)
         x = _trees.add_scaled(s.x, escape, s.p)
         r = _trees.add_scaled(s.r, -alpha, ap)
         z = precondition(r)
         rho, residual = dot(r, z), dot(r, r)
-        better = ~singular | (residual < s.residual) | ((curvature < 0) & (s.count == 0))
+        better = ~singular | (residual < s.residual) | ((curvature < 0) & (s.count == 0) & ~null)
         return _Iterate(
             x=x,
             r=r,
@@ -210,9 +216,10 @@ def _iterate(
             rho=rho,
             best=jax.tree.map(lambda new, old: jnp.where(better, new, old), x, s.best),
             residual=jnp.where(better, residual, s.residual),
+            steepest=steepest,
             count=s.count + 1,
             broken=broken,
-            negative=curvature < 0,
+            negative=(curvature < 0) & ~null,
         )
 
     def unfinished(s: _Iterate) -> jax.Array:
@@ -220,5 +227,6 @@ def _iterate(
 
     r = jax.tree.map(lambda g, ax: g - ax, g, ax)
     z, no = precondition(r), jnp.asarray(False)
-    start = _Iterate(x, r, z, dot(r, z), x, dot(r, r), jnp.zeros((), jnp.int32), no, no)
+    zero, count = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
+    start = _Iterate(x, r, z, dot(r, z), x, dot(r, r), zero, count, no, no)
     return jax.lax.while_loop(unfinished, step, start)

@@ -11,7 +11,8 @@ Tree = Any
 
 def work_dtype(*trees: Tree) -> jnp.dtype:
     """The dtype linear algebra runs in: float64 when any leaf is, float32 otherwise."""
-    dtypes = (jnp.dtype(leaf.dtype) for tree in trees for leaf in jax.tree.leaves(tree))
+    leaves = (leaf for tree in trees for leaf in jax.tree.leaves(tree))
+    dtypes = (jax.dtypes.canonicalize_dtype(leaf.dtype) for leaf in leaves)
     return jnp.dtype(jnp.float64 if any(d == jnp.float64 for d in dtypes) else jnp.float32)
 
 

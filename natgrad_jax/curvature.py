@@ -93,12 +93,17 @@ def dense_matrix(here: Curvature) -> jax.Array:
     if not jax.tree.leaves(here.params):
         return jnp.zeros((0, 0), here.dtype)
     if here.jacobian is not None:
-        rows = here.jacobian().matrix()
-        return jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
+        return dense_from_rows(here.jacobian())
     product = here.linearize()
     basis = jnp.eye(_trees.size(here.params), dtype=here.dtype)
     column = lambda e: _trees.ravel(product(_trees.unravel(e, here.params)))
     return jax.vmap(column, out_axes=1)(basis)
+
+
+def dense_from_rows(rows: Jacobian) -> jax.Array:
+    """F = R^T R as a matrix (P, P)."""
+    matrix = rows.matrix()
+    return jnp.matmul(matrix.T, matrix, precision=jax.lax.Precision.HIGHEST)
 
 
 def diagonal(here: Curvature) -> Tree:

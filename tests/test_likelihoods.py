@@ -506,6 +506,15 @@ def test_divergence_from_what_q_forbids_is_infinite():
     np.testing.assert_allclose(jax.jit(Poisson().kl)(-INF * one, zero), 1.0)
 
 
+def test_gradient_of_a_far_divergence():
+    """Rates e^-80 and e^20, whose ratio is beyond float32."""
+    divergence = lambda p, q: jnp.sum(Poisson().kl(p, q))
+    p, q = jnp.full((1,), -80.0), jnp.full((1,), 20.0)
+    in_p, in_q = jax.jit(jax.grad(divergence, argnums=(0, 1)))(p, q)
+    np.testing.assert_allclose(in_p, -100 * np.exp(-80.0), rtol=1e-4)
+    np.testing.assert_allclose(in_q, np.exp(20.0), rtol=1e-5)
+
+
 def test_wrong_labels_give_nan_and_not_another_class():
     log_prob = Categorical().log_prob(jnp.zeros((3, 2)), jnp.array([-1, 2, 1]))
     assert np.isnan(log_prob).tolist() == [True, True, False]
@@ -557,7 +566,13 @@ def test_extreme_scales(scale):
 TRAILING = {name: c.likelihood for name, c in CASES.items() if name != "normal_scales"}
 TRAILING["normal_scales"] = Normal(np.array([[0.5, 2.0]]))
 every_shape = pytest.mark.parametrize("name", TRAILING)
-either = pytest.mark.parametrize("default", [False, True], ids=["closed", "default"])
+# The defaults where rows hold one array with and without a class axis, and a pair.
+WITH_DEFAULTS = ("categorical", "poisson", "diagonal_normal")
+every_implementation = pytest.mark.parametrize(
+    ("name", "default"),
+    [(name, False) for name in TRAILING] + [(name, True) for name in WITH_DEFAULTS],
+    ids=[*TRAILING, *(f"{name}_by_default" for name in WITH_DEFAULTS)],
+)
 
 
 def trailing(name, *shape, dtype=None):
@@ -598,8 +613,7 @@ def test_trailing_positions_are_independent_and_summed(name, x64):
         assert_trees_close(whole, parts, rtol=1e-12, atol=1e-15)
 
 
-@every_shape
-@either
+@every_implementation
 def test_rows_are_independent_and_products_linear(name, default, x64):
     """Under jit and vmap, and with transposes by JAX."""
     likelihood = Hidden(TRAILING[name]) if default else TRAILING[name]
@@ -624,9 +638,8 @@ def test_rows_are_independent_and_products_linear(name, default, x64):
         assert_trees_close(together, apart, rtol=tolerance, atol=tolerance)
 
 
-@every_shape
+@every_implementation
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@either
 def test_dtypes(name, dtype, default, x64):
     """At least float32 in every result, whatever the dtype of tangents and targets."""
     likelihood = Hidden(TRAILING[name]) if default else TRAILING[name]
@@ -824,8 +837,8 @@ def test_any_object_will_do(x64):
     y = adapted.sample(jax.random.key(0), z)
     expected = scipy.stats.expon.logpdf(y, scale=np.exp(-IMAGES)).sum((1, 2))
     np.testing.assert_allclose(adapted.log_prob(z, y), expected, rtol=1e-12)
-    assert_trees_close(adapted.fisher_product(z, z), z, rtol=1e-12)  # unit information
-    assert_trees_close(adapted.fisher_factor_product(z, z), z, rtol=1e-12)
+    products = jax.jit(lambda z: [getattr(adapted, method)(z, z) for method in METHODS])(z)
+    assert_trees_close(products, [z, z], rtol=1e-12)  # unit information
     assert adapted.log_prob(z.astype(jnp.bfloat16), y.astype(jnp.float32)).dtype == jnp.float32
     assert isinstance(adapted, Likelihood)
 

@@ -65,7 +65,7 @@ def cg(
        the preconditioned gradient when there is none, and says so in `info.negative_curvature`.
 
     Args:
-      max_iterations: at most that many products with F.
+      max_iterations: at most that many iterations of a run.
       tol: relative residual at which to stop.
       preconditioner: another solver of the same system, applied in every iteration.
       warm_start: start from the previous solution, held in the state.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from natgrad_jax import _symmetric
 from natgrad_jax import _trees
 from natgrad_jax.curvature import Curvature
+from natgrad_jax.curvature import dense_from_rows
 from natgrad_jax.curvature import dense_matrix
 from natgrad_jax.solvers import _solver
 from natgrad_jax.solvers._solver import Report
@@ -44,11 +45,16 @@ def cholesky() -> Solver:
     """
 
     def prepare(here: Curvature, damping: jax.Array, state: tuple[()]) -> tuple[Solve, tuple[()]]:
-        matrix = dense_matrix(here)
+        rows = None if here.jacobian is None else here.jacobian()
+        matrix = dense_matrix(here) if rows is None else dense_from_rows(rows)
         factor = _symmetric.factorize(matrix, damping, definite=here.definite)
 
         def residual(d: jax.Array, g: jax.Array) -> jax.Array:
-            return g - _symmetric.matvec(matrix, d) - damping * d
+            if rows is None:
+                return g - _symmetric.matvec(matrix, d) - damping * d
+            # With products of R: the rounding of forming F would stay in the residual.
+            tangent = rows.product(_trees.unravel(d, here.params))
+            return g - _trees.ravel(rows.transposed_product(tangent)) - damping * d
 
         def outside(d: jax.Array) -> jax.Array:
             if not here.definite:

@@ -217,18 +217,7 @@ def test_E8_rounding_error_is_eps_times_largest_eigenvalue_over_damping(name, da
     assert error(d, expected) < 20 * EPS / damping
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            "cholesky",
-            marks=pytest.mark.xfail(
-                strict=False, reason="known: refining with the float32 matrix gains nothing here"
-            ),
-        ),
-        "woodbury",
-    ],
-)
+@pytest.mark.parametrize("name", ["cholesky", "woodbury"])
 def test_E8_a_refinement_step_buys_digits_in_float32(name):
     eps, damping = np.finfo(np.float32).eps, 1e-5
     refined, plain = [], []

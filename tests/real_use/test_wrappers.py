@@ -97,7 +97,6 @@ def test_a_realistic_chain_learns_the_digits(params, pixels):
 
     (trained, average, _), _ = jax.lax.scan(step, (params, params, tx.init(params)), length=20)
     accuracy = lambda p: jnp.mean(jnp.argmax(model(p, pixels), axis=-1) == pixels["label"])
-
     assert accuracy(params) < 0.3
     assert accuracy(trained) > 0.95
     assert accuracy(average) > 0.95

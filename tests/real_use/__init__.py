@@ -1,0 +1,1 @@
+"""Real models, real data, and the libraries that people use beside optax."""

@@ -57,7 +57,7 @@ def test_parameters_that_are_not_real_floats_are_an_error_that_names_the_dtype(n
         update(name, params, grads, batch=batch)
 
 
-@pytest.mark.parametrize("name", [n for n in cases.REPRESENTATIVES if n in NEEDS_BATCH])
+@pytest.mark.parametrize("name", [n for n in cases.CASES if n in NEEDS_BATCH])
 def test_complex_gradients_are_an_error_that_names_the_dtype(name):
     params, grads, batch = cases.arrays()
     grads = {**grads, "b": grads["b"].astype("complex64")}

@@ -21,7 +21,7 @@ def injected(case, **changes):
     return factory(**{**case.arguments, **changes})
 
 
-@pytest.mark.parametrize("name", cases.REPRESENTATIVES)
+@pytest.mark.parametrize("name", cases.CASES)
 def test_injected_hyperparameters_give_the_same_updates_and_inner_state(name, x64):
     params, grads, batch = cases.arrays()
     case, tx = cases.CASES[name], cases.transformation(name)

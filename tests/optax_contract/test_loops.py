@@ -17,7 +17,7 @@ from . import oracle
 
 EPS = np.finfo(np.float64).eps
 STEPS = 3
-SOME = pytest.mark.parametrize("name", cases.REPRESENTATIVES)
+SOME = pytest.mark.parametrize("name", cases.CASES)
 # Scans of every row are in `test_convergence`; vmap turns `cond` into both branches and batches
 # while-loops: what solvers are made of matters.
 LOOPED = [
@@ -129,7 +129,7 @@ def test_a_pickled_state_is_the_same_bit_by_bit_and_continues(name, x64):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in cases.REPRESENTATIVES if "steepest_descent" not in name]
+    "name", [name for name in cases.CASES if "steepest_descent" not in name]
 )
 def test_a_state_from_orbax_is_the_same_bit_by_bit_and_continues(name, x64, tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")

@@ -38,7 +38,7 @@ def test_a_mixed_tree_keeps_the_dtype_of_every_leaf(name, x64):
     checks.keeps_types(cases.transformation(name), mixed(params), mixed(grads), batch)
 
 
-@pytest.mark.parametrize("name", cases.REPRESENTATIVES)
+@pytest.mark.parametrize("name", cases.CASES)
 def test_updates_keep_the_dtype_of_gradients_unlike_the_parameters(name, standard_promotion):
     # optax's own weight decay adds parameters to gradients: that needs promotion.
     params, _, batch = cases.arrays("float32")
@@ -46,7 +46,7 @@ def test_updates_keep_the_dtype_of_gradients_unlike_the_parameters(name, standar
     checks.keeps_types(cases.transformation(name), params, grads, batch)
 
 
-@pytest.mark.parametrize("name", cases.REPRESENTATIVES)
+@pytest.mark.parametrize("name", cases.CASES)
 def test_unknown_keywords_pass_through_jit(name, x64):
     params, grads, batch = cases.arrays()
     tx = cases.transformation(name)

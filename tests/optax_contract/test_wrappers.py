@@ -157,7 +157,7 @@ def test_prefix_masks_and_none_leaves(x64):
 
 
 @pytest.mark.parametrize("empty", [{}, (), {"a": None}], ids=repr)
-@pytest.mark.parametrize("name", cases.REPRESENTATIVES)
+@pytest.mark.parametrize("name", cases.CASES)
 def test_nothing_to_update_is_no_error(name, empty):
     """`partition` and `masked` may leave a transformation without parameters."""
     tx = cases.transformation(name)

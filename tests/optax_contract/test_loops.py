@@ -18,14 +18,8 @@ from . import oracle
 EPS = np.finfo(np.float64).eps
 STEPS = 3
 SOME = pytest.mark.parametrize("name", cases.CASES)
-# Scans of every row are in `test_convergence`; vmap turns `cond` into both branches and batches
-# while-loops: what solvers are made of matters.
-LOOPED = [
-    "scale_by_natural_gradient-woodbury",
-    "scale_by_natural_gradient-cg_diagonal",
-    "natural_gradient-everything",
-    "scale_by_steepest_descent-l1",
-]
+# vmap turns `cond` into both branches and batches while-loops.
+LOOPED = list(cases.CASES)
 
 
 def optimizer(name):
@@ -128,9 +122,7 @@ def test_a_pickled_state_is_the_same_bit_by_bit_and_continues(name, x64):
     oracle.close(next_update(restored), next_update(state), EPS, 100)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in cases.CASES if "steepest_descent" not in name]
-)
+@pytest.mark.parametrize("name", [name for name in cases.CASES if "steepest_descent" not in name])
 def test_a_state_from_orbax_is_the_same_bit_by_bit_and_continues(name, x64, tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
     state, next_update = trained(name)

@@ -28,7 +28,7 @@ from natgrad_jax.fisher import fisher_matrix as fisher_matrix
 from natgrad_jax.fisher import fisher_quadratic_form as fisher_quadratic_form
 from natgrad_jax.fisher import fisher_vector_product as fisher_vector_product
 from natgrad_jax.fisher import gram_matrix as gram_matrix
-from natgrad_jax.fisher import kl_divergence as kl_divergence
+from natgrad_jax.divergence import kl_divergence as kl_divergence
 from natgrad_jax.fisher import score as score
 
 # Solvers of (F + damping I) d = g

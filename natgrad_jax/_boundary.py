@@ -20,6 +20,25 @@ def check_metric(caller: str, metric: object) -> None:
         )
 
 
+def check_number(caller: str, name: str, value: Any, *, schedule: bool = False) -> None:
+    """Raises unless `value` is one real number that is not negative, or a schedule where allowed.
+
+    Values of arrays are not looked at: they may be traced, and belong to `info`.
+    """
+    if schedule and callable(value):
+        return
+    numeric = isinstance(value, int | float) or hasattr(value, "dtype")
+    if not numeric or not jnp.issubdtype(jnp.result_type(value), jnp.number):
+        wanted = "a number or a schedule" if schedule else "a number"
+        raise TypeError(f"{caller}: {name} must be {wanted}, got {value!r}")
+    if jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
+        raise TypeError(f"{caller}: {name} must be real, got {value!r}")
+    if jnp.shape(value) != ():
+        raise ValueError(f"{caller}: {name} must be a scalar, got shape {jnp.shape(value)}")
+    if isinstance(value, int | float) and not value >= 0:
+        raise ValueError(f"{caller}: {name} must not be negative, got {value}")
+
+
 def check_params(caller: str, params: Tree) -> None:
     """Raises unless every leaf is a real floating point array."""
     if params is None:

@@ -27,10 +27,12 @@ class Factor(NamedTuple):
     Attributes:
       solve: b (n,) -> (A + damping I)^-1 b, the pseudo-inverse for damping 0.
       eigen_taken: whether the eigendecomposition was needed.
+      eigen: the eigendecomposition where it was taken, zeros elsewhere.
     """
 
     solve: Callable[[jax.Array], jax.Array]
     eigen_taken: jax.Array
+    eigen: Eigen
 
 
 def matvec(matrix: jax.Array, vector: jax.Array) -> jax.Array:
@@ -60,7 +62,13 @@ def damped_inverse(values: jax.Array, damping: jax.Array) -> jax.Array:
     return jnp.where(null, 0, 1 / jnp.where(null, 1, shifted))
 
 
-def factorize(matrix: jax.Array, damping: jax.Array, *, definite: bool = True) -> Factor:
+def factorize(
+    matrix: jax.Array,
+    damping: jax.Array,
+    *,
+    definite: bool = True,
+    decompose: jax.Array | bool = False,
+) -> Factor:
     """Prepares solves with A + damping I.
 
     Cholesky for damping > 0; the eigendecomposition for damping 0, and where the Cholesky factor is
@@ -71,6 +79,7 @@ def factorize(matrix: jax.Array, damping: jax.Array, *, definite: bool = True) -
       matrix: A, symmetric (n, n).
       damping: scalar of A's dtype.
       definite: whether A is positive semi-definite, so that negative eigenvalues are rounding.
+      decompose: take the eigendecomposition in any case; decided by value, inside jit.
 
     Returns:
       A :class:`Factor`.
@@ -83,13 +92,13 @@ def factorize(matrix: jax.Array, damping: jax.Array, *, definite: bool = True) -
     pivots = jnp.diagonal(lower) ** 2
     smallest, largest = jnp.min(pivots, initial=jnp.inf), jnp.max(pivots, initial=0)
     sound = jnp.all(jnp.isfinite(pivots)) & (smallest > jnp.finfo(dtype).eps * largest)
-    needed = (damping <= 0) | ~(sound | (n == 0))
+    needed = (damping <= 0) | decompose | ~(sound | (n == 0))
 
-    def decompose(carry: tuple[jax.Array, Eigen]) -> tuple[jax.Array, Eigen]:
+    def run(carry: tuple[jax.Array, Eigen]) -> tuple[jax.Array, Eigen]:
         return jnp.asarray(False), eigen(matrix, definite=definite)
 
     empty = Eigen(jnp.zeros((n,), dtype), jnp.zeros((n, n), dtype))
-    _, spectrum = jax.lax.while_loop(lambda c: c[0], decompose, (needed, empty))
+    _, spectrum = jax.lax.while_loop(lambda c: c[0], run, (needed, empty))
 
     def by_eigen(b: jax.Array) -> jax.Array:
         inner = damped_inverse(spectrum.values, damping) * matvec(spectrum.vectors.T, b)
@@ -101,7 +110,7 @@ def factorize(matrix: jax.Array, damping: jax.Array, *, definite: bool = True) -
     def solve(b: jax.Array) -> jax.Array:
         return jax.lax.cond(needed, by_eigen, by_cholesky, b)
 
-    return Factor(solve, needed)
+    return Factor(solve, needed, spectrum)
 
 
 def solve_in_range(

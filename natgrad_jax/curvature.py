@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax import _random
 from natgrad_jax import _trees
 from natgrad_jax import examples
 from natgrad_jax.jacobian import Jacobian
@@ -52,6 +53,8 @@ def curvature(metric: Metric, params: Tree, batch: Tree, key: jax.Array | None) 
     """
     if metric.needs_key and key is None:
         raise ValueError(f"{metric.name}: this metric draws samples: pass key=jax.random.key(...)")
+    if key is not None:
+        key = _random.typed_key(metric.name, key)
     if metric.groups is not None:
         metric.groups(batch)  # sizes that disagree are named before the model trips over them
     dtype = _trees.work_dtype(params)

@@ -76,7 +76,7 @@ def natural_gradient_direction(
         P <= 2048 and P is not above the number of rows M, `woodbury` while M <= 4096 and the rows
         fit in memory, `cg` beyond.
       damping: :math:`\lambda`, in units of F. 0 means the pseudo-inverse.
-      key: random key, for a metric that samples.
+      key: random key (typed, legacy or an int seed), for a metric that samples.
 
     Returns:
       (direction, info): a tree like ``grads`` with its dtypes and *sign*, to be subtracted from
@@ -128,8 +128,7 @@ def check_arguments(caller: str, metric: Metric, solver: Solver | None, damping:
             f"{caller}: the solver {solver.name} works on rows, and the metric {metric.name} has"
             " none; take cholesky(), cg(), spectral(), diagonal(), block_diagonal() or None"
         )
-    if isinstance(damping, (int, float)) and damping < 0:
-        raise ValueError(f"{caller}: damping must not be negative, got {damping}")
+    _boundary.check_number(caller, "damping", damping, schedule=True)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -18,8 +18,6 @@ from natgrad_jax import curvature as _curvature
 from natgrad_jax import examples
 from natgrad_jax.curvature import Curvature
 from natgrad_jax.curvature import curvature
-from natgrad_jax.likelihoods import Joint
-from natgrad_jax.likelihoods import Likelihood
 from natgrad_jax.metrics import Metric
 
 Tree = Any
@@ -275,56 +273,6 @@ def asymptotic_covariance(
     return _covariance(metric, params, batch, num_examples, key)
 
 
-def kl_divergence(
-    model: Callable[[Tree, Tree], Tree],
-    likelihood: Likelihood,
-    params_p: Tree,
-    params_q: Tree,
-    batch: Tree,
-    *,
-    weights: Callable[[Tree], jax.Array] | None = None,
-    batch_axes: Tree = 0,
-) -> jax.Array:
-    r"""The mean KL divergence between the distributions of two parameter values.
-
-    .. math::
-        \sum_r w_r \mathrm{KL}\left[p(y | f_r(\theta_p)) \,\|\, p(y | f_r(\theta_q))\right]
-
-    Args:
-      model: function (params, batch) -> outputs.
-      likelihood: a :class:`Likelihood` with a KL.
-      params_p: parameters of the first distribution.
-      params_q: parameters of the second.
-      batch: pytree of arrays, as the model takes it.
-      weights: as for :func:`exact_fisher`; by default the mean over rows.
-      batch_axes: as for :func:`exact_fisher`.
-
-    Returns:
-      A scalar in nats.
-
-    Raises:
-      ValueError: the two parameter trees differ in structure or shapes.
-      TypeError: the likelihood has no KL.
-
-    Examples:
-      To second order it is half the Fisher quadratic form:
-
-      >>> import jax.numpy as jnp, natgrad_jax as ng
-      >>> model, x = (lambda p, x: x @ p), jnp.array([[1.0, 2.0], [3.0, 4.0]])
-      >>> p, d = jnp.array([0.1, -0.2]), jnp.array([0.01, -0.02])
-      >>> kl = ng.kl_divergence(model, ng.Bernoulli(), p, p + d, x)
-      >>> form = ng.fisher_quadratic_form(ng.exact_fisher(model, ng.Bernoulli()), p, x, d)
-      >>> bool(jnp.allclose(kl, form / 2, rtol=0.05))
-      True
-    """
-    _check("kl_divergence", params_p, batch)
-    if not isinstance(likelihood, Likelihood):
-        raise TypeError(f"kl_divergence: likelihood must be a Likelihood, got {likelihood!r}")
-    _boundary.check_like_params("kl_divergence", "params_q", params_q, params_p)
-    groups = examples.example_groups("kl_divergence", batch, batch_axes)
-    return _kl(model, likelihood, weights, groups, params_p, params_q, batch)
-
-
 def _check(caller: str, params: Tree, batch: Tree, metric: Metric | None = None) -> None:
     if metric is not None:
         _boundary.check_metric(caller, metric)
@@ -334,7 +282,15 @@ def _check(caller: str, params: Tree, batch: Tree, metric: Metric | None = None)
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _score(log_prob, group: examples.Group, params: Tree, batch: Tree) -> Tree:
-    total = lambda p, one: jnp.sum(log_prob(p, one))
+    def total(p: Tree, one: Tree) -> jax.Array:
+        values = log_prob(p, one)
+        if values.ndim != 1:
+            raise ValueError(
+                "score: log_prob(params, batch) must return one number for each example, an array"
+                f" of shape (N,), got shape {values.shape}"
+            )
+        return jnp.sum(values)
+
     return examples.vmap_examples(lambda one: jax.grad(total)(params, one), batch, group)
 
 
@@ -375,23 +331,3 @@ def _covariance(metric: Metric, params: Tree, batch: Tree, num_examples, key) ->
     inverse = _symmetric.damped_inverse(spectrum.values, jnp.zeros((), here.dtype))
     scaled = spectrum.vectors * (inverse / num_examples)[None, :]
     return jnp.matmul(scaled, spectrum.vectors.T, precision=jax.lax.Precision.HIGHEST)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _kl(model, likelihood, weights, groups, params_p: Tree, params_q: Tree, batch: Tree):
-    outputs_p, outputs_q = model(params_p, batch), model(params_q, batch)
-    examples.check_outputs("kl_divergence", outputs_p, groups)
-    row_weights = examples.row_weights("kl_divergence", weights, batch, outputs_p, groups)
-    return _mean_kl(likelihood, outputs_p, outputs_q, row_weights)
-
-
-def _mean_kl(likelihood: Likelihood, outputs_p: Tree, outputs_q: Tree, row_weights: Tree):
-    leaves = jax.tree.leaves(row_weights)
-    if isinstance(likelihood, Joint) and len({w.shape for w in leaves}) > 1:
-        # Heads with rows of their own: each is averaged over its own.
-        heads = likelihood.likelihoods
-        names = list(heads) if isinstance(heads, dict) else range(len(heads))
-        parts = (outputs_p, outputs_q, row_weights)
-        return sum(_mean_kl(heads[n], *(part[n] for part in parts)) for n in names)
-    divergence = likelihood.kl(outputs_p, outputs_q)
-    return jnp.dot(leaves[0].astype(divergence.dtype), divergence, precision="highest")

@@ -17,26 +17,12 @@ import jax.numpy as jnp
 
 from natgrad_jax import _trees
 from natgrad_jax import examples
+from natgrad_jax import output_metrics
 from natgrad_jax import sampling
 from natgrad_jax.likelihoods import Likelihood
+from natgrad_jax.output_metrics import OutputMetric as OutputMetric
 
 Tree = Any
-
-
-class OutputMetric(NamedTuple):
-    """The metric of output space at given outputs, row weights included.
-
-    Attributes:
-      product: tangents of the outputs to cotangents, v -> W M v.
-      factor_product: coefficients to cotangents, u -> W^(1/2) B u, row by row.
-      coefficients: shapes and dtypes of u; every leaf has a leading row axis.
-      center: None, or the symmetric projection of u that removes the weighted mean score.
-    """
-
-    product: Callable[[Tree], Tree]
-    factor_product: Callable[[Tree], Tree]
-    coefficients: Tree
-    center: Callable[[Tree], Tree] | None = None
 
 
 class Metric(NamedTuple):
@@ -89,7 +75,8 @@ def exact_fisher(
         of N examples gives k rows, those of one example standing together.
       likelihood: a :class:`Likelihood` that matches the outputs.
       weights: None, or a function of the batch that gives one non-negative number for each row,
-        (k N,), or each example, (N,). Zero masks padding.
+        (k N,), or each example, (N,). They are divided by their sum: only their ratios matter.
+        Zero masks padding whose outputs are finite.
       batch_axes: along which axis of each batch leaf examples lie, as ``in_axes`` of ``jax.vmap``.
 
     Returns:
@@ -116,6 +103,7 @@ def exact_fisher(
       Amari, 1998, Natural gradient works efficiently in learning; Martens, 2020, New insights and
       perspectives on the natural gradient method.
     """
+    _check_functions("exact_fisher", "model", model, weights)
     _check_likelihood("exact_fisher", likelihood)
     if (
         type(likelihood).fisher_product is Likelihood.fisher_product
@@ -177,6 +165,7 @@ def sampled_fisher(
     References:
       Kunstner, Balles and Hennig, 2019, Limitations of the empirical Fisher approximation.
     """
+    _check_functions("sampled_fisher", "model", model, weights)
     _check_likelihood("sampled_fisher", likelihood)
     if not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"sampled_fisher: num_samples must be a positive int, got {num_samples!r}")
@@ -243,6 +232,7 @@ def empirical_fisher(
       Kunstner, Balles and Hennig, 2019; Sorella, 1998, Green function Monte Carlo with stochastic
       reconfiguration.
     """
+    _check_functions("empirical_fisher", "log_prob", log_prob, weights)
     name, groups = "empirical_fisher", _groups("empirical_fisher", batch_axes)
 
     def output_metric(outputs: Tree, batch: Tree, key: jax.Array | None) -> OutputMetric:
@@ -254,7 +244,7 @@ def empirical_fisher(
                 f" of shape (N,), got {shapes}"
             )
         row_weights = examples.row_weights(name, weights, batch, outputs, groups(batch))
-        plain = _row_metric(outputs, row_weights)
+        plain = output_metrics.row_metric(outputs, row_weights)
         if not centered:
             return plain
         (weight,) = jax.tree.leaves(row_weights)
@@ -308,12 +298,13 @@ def gauss_newton(
     References:
       Mueller and Zeinhofer, 2023, Achieving high accuracy with PINNs via energy natural gradients.
     """
+    _check_functions("gauss_newton", "residual", residual, weights)
     name, groups = "gauss_newton", _groups("gauss_newton", batch_axes, several=True)
 
     def output_metric(outputs: Tree, batch: Tree, key: jax.Array | None) -> OutputMetric:
         del key
         row_weights = examples.row_weights(name, weights, batch, outputs, groups(batch))
-        return _row_metric(outputs, row_weights)
+        return output_metrics.row_metric(outputs, row_weights)
 
     return Metric(name, residual, output_metric, output_metric, groups)
 
@@ -334,6 +325,7 @@ def hessian(loss: Callable[[Tree, Tree], jax.Array]) -> Metric:
       >>> ng.fisher_diagonal(metric, jnp.ones((2,)), None).tolist()
       [2.0, -6.0]
     """
+    _check_functions("hessian", "loss", loss, None)
     return Metric("hessian", loss, None, None, None, definite=False)
 
 
@@ -349,6 +341,13 @@ def euclidean() -> Metric:
       [[1.0, 0.0], [0.0, 1.0]]
     """
     return Metric("euclidean", None, None, None, None)
+
+
+def _check_functions(caller: str, name: str, function: object, weights: object) -> None:
+    if not callable(function):
+        raise TypeError(f"{caller}: {name} must be a function of (params, batch), got {function!r}")
+    if weights is not None and not callable(weights):
+        raise TypeError(f"{caller}: weights must be a function of the batch, got {weights!r}")
 
 
 def _check_likelihood(caller: str, likelihood: object) -> None:
@@ -373,22 +372,7 @@ def _exact(name, likelihood, weights, groups) -> Callable[..., OutputMetric]:
         return OutputMetric(
             lambda v: examples.scale_rows(row_weights, likelihood.fisher_product(outputs, v)),
             lambda u: examples.scale_rows(root, likelihood.fisher_factor_product(outputs, u)),
-            _coefficients_like(outputs),
+            output_metrics.coefficients_like(outputs),
         )
 
     return output_metric
-
-
-def _row_metric(outputs: Tree, row_weights: Tree) -> OutputMetric:
-    """M = I in every row."""
-    root = jax.tree.map(jnp.sqrt, row_weights)
-    return OutputMetric(
-        lambda v: examples.scale_rows(row_weights, v),
-        lambda u: examples.scale_rows(root, u),
-        _coefficients_like(outputs),
-    )
-
-
-def _coefficients_like(outputs: Tree) -> Tree:
-    dtype = _trees.work_dtype(outputs)
-    return jax.tree.map(lambda z: jax.ShapeDtypeStruct(z.shape, dtype), outputs)

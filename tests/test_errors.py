@@ -602,3 +602,47 @@ def test_steps_of_no_length_are_left_alone(name):
 def test_hyperparameters_that_are_arrays_are_not_judged():
     d, _ = ng.natural_gradient_direction(EXACT, W, X, W, damping=jnp.asarray(-1.0))
     assert d.shape == W.shape
+
+
+ROUGH = {
+    "a model that is none": bad(
+        TypeError, lambda: ng.exact_fisher(None, CATEGORICAL), "exact_fisher", "model", "None"
+    ),
+    "weights that are an array": bad(
+        TypeError,
+        lambda: ng.exact_fisher(linear, CATEGORICAL, weights=jnp.ones(4)),
+        "exact_fisher",
+        "weights must be a function of the batch",
+    ),
+    "damping that is a word": bad(
+        TypeError, lambda: ng.natural_gradient(0.1, EXACT, damping="1e-3"), "damping", "number"
+    ),
+    "damping that is complex": bad(
+        TypeError, lambda: ng.natural_gradient(0.1, EXACT, damping=1j), "damping", "1j"
+    ),
+    "damping that is no number": bad(
+        ValueError, lambda: ng.natural_gradient(0.1, EXACT, damping=float("nan")), "damping", "nan"
+    ),
+    "momentum that is a word": bad(
+        TypeError, lambda: ng.natural_gradient(0.1, EXACT, momentum="a"), "momentum", "number"
+    ),
+    "a limit that is a word": bad(
+        TypeError, lambda: ng.natural_gradient(0.1, EXACT, max_kl="x"), "clip_by_kl", "number"
+    ),
+    "negative damping at a call": bad(
+        ValueError,
+        lambda: ng.scale_by_natural_gradient(EXACT).update(
+            W, ng.scale_by_natural_gradient(EXACT).init(W), W, batch=X, damping=-3.0
+        ),
+        "scale_by_natural_gradient",
+        "damping must not be negative",
+    ),
+    "scores of a batch mean": bad(
+        ValueError, lambda: ng.score(lambda w, x: jnp.mean(x @ w), W, X), "score", r"\(N,\)"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROUGH)
+def test_rough_input_is_refused(name):
+    check(ROUGH[name])

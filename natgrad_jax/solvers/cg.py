@@ -120,7 +120,9 @@ def cg(
             """The part of g in the range of F with damping 0, g itself otherwise."""
 
             def run(carry: tuple[jax.Array, Tree]) -> tuple[jax.Array, Tree]:
-                return jnp.asarray(False), iterate(fisher_product(carry[1]), zeros, zeros).best
+                # The projection is linear in its right-hand side, which may be as small as F.
+                unit, size = _trees.normalised(fisher_product(carry[1]), here.dtype)
+                return jnp.asarray(False), _trees.scale(iterate(unit, zeros, zeros).best, size)
 
             return jax.lax.while_loop(lambda c: c[0], run, (damping <= 0, g))[1]
 

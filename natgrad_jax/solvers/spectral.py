@@ -10,6 +10,7 @@ from natgrad_jax import _symmetric
 from natgrad_jax import _trees
 from natgrad_jax.curvature import Curvature
 from natgrad_jax.curvature import dense_matrix
+from natgrad_jax.solvers import _row_space
 from natgrad_jax.solvers import _solver
 from natgrad_jax.solvers._solver import Report
 from natgrad_jax.solvers._solver import Solve
@@ -58,6 +59,7 @@ def spectral(gain: Gain | None = None) -> Solver:
     """
     if gain is not None and not callable(gain):
         raise TypeError(f"spectral: gain must be a function (eigenvalues, damping), got {gain!r}")
+    inverse = gain is None
     gain = _symmetric.damped_inverse if gain is None else gain
 
     def gains(values: jax.Array, damping: jax.Array) -> jax.Array:
@@ -66,7 +68,7 @@ def spectral(gain: Gain | None = None) -> Solver:
 
     def prepare(here: Curvature, damping: jax.Array, state: tuple[()]) -> tuple[Solve, tuple[()]]:
         if here.jacobian is not None and here.num_rows() < _trees.size(here.params):
-            return _in_sample_space(here, damping, gains), state
+            return _in_sample_space(here, damping, gains, inverse=inverse), state
         return _in_parameter_space(here, damping, gains), state
 
     return Solver("spectral", _solver.stateless, prepare)
@@ -92,31 +94,15 @@ def _in_parameter_space(here: Curvature, damping: jax.Array, gains: Gain) -> Sol
     return solve
 
 
-def _in_sample_space(here: Curvature, damping: jax.Array, gains: Gain) -> Solve:
-    # With R R^T = U diag(s) U^T the eigenvectors of F are R^T u_i / sqrt(s_i), and every direction
-    # orthogonal to them is null.
+def _in_sample_space(here: Curvature, damping: jax.Array, gains: Gain, *, inverse: bool) -> Solve:
     rows = here.jacobian()
-    values, vectors = _symmetric.eigen(rows.gram(), definite=True)
-    kept = values > 0
-    inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
+    spectrum = _symmetric.eigen(rows.gram(), definite=True)
     null_gain = gains(jnp.zeros((1,), here.dtype), damping)[0]
-    gain = gains(values, damping)
+    gain = gains(spectrum.values, damping)
 
     def solve(g: Tree, state: tuple[()]) -> tuple[Tree, tuple[()], Report]:
-        modes = _symmetric.matvec(vectors.T, rows.product(g))
-        u = _symmetric.matvec(vectors, (gain - null_gain) * inverse * modes)
-        d = _trees.add_scaled(rows.transposed_product(u), null_gain, g)
-        squared_g = _trees.vdot(g, g, here.dtype)
-        squared_modes = inverse * modes**2
-        fisher_d = rows.transposed_product(rows.product(d))
-        residual = jax.tree.map(lambda g, f, d: g - f - damping * d, g, fisher_d, d)
-        left = _trees.vdot(residual, residual, here.dtype)
-        outcome = _solver.report(
-            relative_residual=jnp.sqrt(left / jnp.where(squared_g > 0, squared_g, 1)),
-            outside_row_space=_solver.outside_share(
-                jnp.sum(gain**2 * squared_modes), _trees.vdot(d, d, here.dtype)
-            ),
-            eigen_taken=True,
+        d, outcome = _row_space.apply_gains(
+            here, rows, spectrum, gain, null_gain, damping, g, refine=inverse
         )
         return d, state, outcome
 

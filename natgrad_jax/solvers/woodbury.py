@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from natgrad_jax import _symmetric
 from natgrad_jax import _trees
 from natgrad_jax.curvature import Curvature
+from natgrad_jax.solvers import _row_space
 from natgrad_jax.solvers import _solver
 from natgrad_jax.solvers._solver import Report
 from natgrad_jax.solvers._solver import Solve
@@ -42,8 +43,9 @@ def woodbury() -> Solver:
     Notes:
       O(M^2 P + M^3) work. What lies outside the row space of R is only divided by the damping:
       `info.outside_row_space` reports its share of the step. In float32 a step of iterative
-      refinement is taken in sample space always, and with fresh products of R where the damping is
-      so small (below about 1e-5 of the largest eigenvalue) that the subtraction cancels.
+      refinement is taken in sample space always, and with products of R where the damping is below
+      about 1e-5 of the largest eigenvalue; below about 1e-6 the subtraction leaves no digit, and an
+      eigendecomposition of R R^T, several times the price, takes its place.
 
     References:
       Woodbury, 1950; Chen and Heyl, 2023, Efficient optimization of deep neural quantum states
@@ -53,69 +55,65 @@ def woodbury() -> Solver:
     def prepare(here: Curvature, damping: jax.Array, state: tuple[()]) -> tuple[Solve, tuple[()]]:
         rows = here.jacobian()
         gram = rows.gram()
-        factor = _symmetric.factorize(gram, damping)
-        single = here.dtype == jnp.float32
+        single, eps = here.dtype == jnp.float32, jnp.finfo(here.dtype).eps
+        size = jnp.linalg.norm(gram)
+        # Below, the subtraction leaves no digit: the modes are then treated one by one.
+        hopeless = eps * size > 0.1 * damping
+        factor = _symmetric.factorize(gram, damping, decompose=hopeless)
         inverse = jnp.where(damping > 0, 1 / jnp.where(damping > 0, damping, 1), 0)
 
-        def residual(w: jax.Array, y: jax.Array) -> jax.Array:
-            return y - _symmetric.matvec(gram, w) - damping * w
-
-        def dual(g: Tree) -> tuple[jax.Array, jax.Array]:
-            """R g, and w = (R R^T + damping I)^-1 R g."""
+        def subtract(g: Tree) -> tuple[Tree, jax.Array, jax.Array]:
+            """The formula as it stands, R g, and w = (R R^T + damping I)^-1 R g."""
             y = rows.product(g)
             w = factor.solve(y)
             if single:
-                pays = (damping > 0) & ~factor.eigen_taken
-                w = jnp.where(pays, w + factor.solve(residual(w, y)), w)
-            return y, w
+                w = w + factor.solve(_left(y, w))
+            d = _trees.add_scaled(rows.transposed_product(-inverse * w), inverse, g)
+            return d, y, w
 
-        def primal(g: Tree, w: jax.Array) -> Tree:
-            u = jax.lax.cond(damping > 0, lambda w: -inverse * w, factor.solve, w)
-            return _trees.add_scaled(rows.transposed_product(u), inverse, g)
+        def _left(y: jax.Array, w: jax.Array) -> jax.Array:
+            return y - _symmetric.matvec(gram, w) - damping * w
 
         def refined(g: Tree, d: Tree, ratio: jax.Array) -> tuple[Tree, jax.Array]:
-            """One step of refinement with products of R, where damping is small beside R R^T."""
-            eps = jnp.finfo(here.dtype).eps
-            pays = (
-                (damping > 0) & ~factor.eigen_taken & (eps * jnp.linalg.norm(gram) > 1e-2 * damping)
-            )
-
-            def left(d: Tree) -> Tree:
-                fisher_d = rows.transposed_product(rows.product(d))
-                return jax.tree.map(lambda g, f, d: g - f - damping * d, g, fisher_d, d)
+            """Refinement with products of R, while it halves the residual."""
 
             def step(carry: tuple[jax.Array, Tree, jax.Array]) -> tuple[jax.Array, Tree, jax.Array]:
-                r = left(carry[1])
-                d = _trees.add_scaled(carry[1], jnp.ones((), here.dtype), primal(r, dual(r)[1]))
-                measured = _solver.relative(_trees.ravel(left(d)), _trees.ravel(g))
-                return jnp.asarray(False), d, measured
+                _, d, ratio = carry
+                correction, _, _ = subtract(_row_space.residual(rows, damping, g, d))
+                new = jax.tree.map(jnp.add, d, correction)
+                measured = _row_space.relative_residual(here, rows, damping, g, new)
+                better = measured < ratio
+                kept = jax.tree.map(lambda a, b: jnp.where(better, a, b), new, d)
+                return measured < 0.5 * ratio, kept, jnp.minimum(measured, ratio)
 
-            return jax.lax.while_loop(lambda c: c[0], step, (pays, d, ratio))[1:]
+            start = (eps * size > 1e-2 * damping, d, jnp.full_like(ratio, jnp.inf))
+            _, d, measured = jax.lax.while_loop(lambda c: c[0], step, start)
+            return d, jnp.where(jnp.isfinite(measured), measured, ratio)
 
-        def solve(g: Tree, state: tuple[()]) -> tuple[Tree, tuple[()], Report]:
-            y, w = dual(g)
-            d, ratio = primal(g, w), _relative_residual(g, y, w)
+        def by_cholesky(g: Tree) -> tuple[Tree, Report]:
+            d, y, w = subtract(g)
+            # The residual is R^T r / damping for the sample-space residual r.
+            r, norm = _left(y, w), _trees.vdot(g, g, here.dtype)
+            ratio = inverse * jnp.sqrt(
+                jnp.maximum(jnp.dot(r, _symmetric.matvec(gram, r)), 0)
+                / jnp.where(norm > 0, norm, 1)
+            )
             if single:
                 d, ratio = refined(g, d, ratio)
-            squared = lambda v: _trees.vdot(v, v, here.dtype)
             # R d = w, so the part of d in the row space is R^T (R R^T)^+ w.
             inside = jnp.dot(w, _symmetric.solve_in_range(gram, factor.solve, w))
-            share = _solver.outside_share(inside, squared(d))
-            outcome = _solver.report(
-                relative_residual=ratio,
-                outside_row_space=jnp.where(damping > 0, share, 0),
-                eigen_taken=factor.eigen_taken,
-            )
-            return d, state, outcome
+            share = _solver.outside_share(inside, _trees.vdot(d, d, here.dtype))
+            return d, _solver.report(relative_residual=ratio, outside_row_space=share)
 
-        def _relative_residual(g: Tree, y: jax.Array, w: jax.Array) -> jax.Array:
-            # With damping the residual is R^T r / damping for the sample-space residual r; without,
-            # it is what the row space does not hold: ||g||^2 - (R g)^T (R R^T)^+ (R g).
-            r, norm = residual(w, y), _trees.vdot(g, g, here.dtype)
-            damped = jnp.dot(r, _symmetric.matvec(gram, r)) * inverse**2
-            squared = jnp.where(damping > 0, damped, norm - jnp.dot(y, w))
-            ratio = jnp.maximum(squared, 0) / jnp.where(norm > 0, norm, 1)
-            return jnp.where(norm > 0, jnp.sqrt(ratio), 0)
+        def by_eigen(g: Tree) -> tuple[Tree, Report]:
+            gains = _symmetric.damped_inverse(factor.eigen.values, damping)
+            return _row_space.apply_gains(
+                here, rows, factor.eigen, gains, inverse, damping, g, refine=True
+            )
+
+        def solve(g: Tree, state: tuple[()]) -> tuple[Tree, tuple[()], Report]:
+            d, outcome = jax.lax.cond(factor.eigen_taken, by_eigen, by_cholesky, g)
+            return d, state, outcome
 
         return solve, state
 

@@ -43,8 +43,9 @@ def natural_gradient(
       solver: as for :func:`scale_by_natural_gradient`; None chooses an exact one.
       damping: :math:`\lambda`, in units of F; a number or a schedule.
       momentum: SPRING momentum, a number or a schedule; None for none.
-      max_kl: the largest KL divergence of a step, in nats per row; None for no limit.
-      weight_decay: decoupled weight decay w; None for none.
+      max_kl: the largest KL divergence of a step, in nats per row; None for no limit. A number:
+        for a schedule use ``optax.inject_hyperparams``.
+      weight_decay: decoupled weight decay w; None for none. A number likewise.
       key: seed or key of the samples of a sampling metric.
 
     Returns:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgrad_jax import _boundary
+from natgrad_jax import _random
 from natgrad_jax import _sharding
 from natgrad_jax import _trees
 from natgrad_jax import direction
@@ -14,7 +16,6 @@ from natgrad_jax.metrics import Metric
 from natgrad_jax.solvers._solver import Solver
 from natgrad_jax.solvers.automatic import AUTOMATIC
 from natgrad_jax.transforms import _call
-from natgrad_jax.transforms import _random
 
 Tree = Any
 
@@ -96,6 +97,9 @@ def scale_by_natural_gradient(
     direction.check_arguments(name, metric, solver, damping)
     solve = AUTOMATIC if solver is None else solver
     keys = _random.key_stream(name, key)
+    _boundary.check_number(name, "damping", damping, schedule=True)
+    if momentum is not None:
+        _boundary.check_number(name, "momentum", momentum, schedule=True)
 
     default_damping = damping
 
@@ -121,6 +125,8 @@ def scale_by_natural_gradient(
     ) -> tuple[Tree, ScaleByNaturalGradientState]:
         del extra_args
         _call.check(name, updates, params, batch)
+        if damping is not None:
+            _boundary.check_number(f"{name}: update()", "damping", damping)
         at_count = lambda x: x(state.count) if callable(x) else x
         key, sample_key = keys.split(state.key)
         core = functools.partial(direction.compiled_direction, metric, solve)

@@ -56,8 +56,9 @@ def kl_transformation(
 ) -> optax.GradientTransformationExtraArgs:
     """What `scale_to_kl` and `clip_by_kl` share."""
     _boundary.check_metric(name, metric)
-    if isinstance(kl, (int, float)) and not kl > 0:
+    if isinstance(kl, int | float) and not kl > 0:
         raise ValueError(f"{name}: the KL divergence of a step must be positive, got {kl}")
+    _boundary.check_number(name, "the KL divergence", kl)
 
     def init_fn(params: Tree) -> _distance.KLState:
         return _sharding.place_beside(_distance.empty_state(), params)

@@ -217,3 +217,12 @@ def test_the_state_starts_from_shapes_alone():
     assert state.previous["w"].dtype == jnp.float32
     params = {"w": jnp.zeros((2, 3)), "hidden": optax.MaskedNode()}
     assert cg().init(params).previous["hidden"] == optax.MaskedNode()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-6])
+def test_without_damping_units_do_not_matter(scale):
+    x, p = jax.random.normal(jax.random.key(2), (8, 4)), jnp.zeros((4, 3))
+    metric = ng.exact_fisher(lambda p, x: scale * (x @ p), ng.Categorical())
+    g = ng.fisher_vector_product(metric, p, x, jax.random.normal(jax.random.key(5), (4, 3)))
+    _, info = ng.natural_gradient_direction(metric, p, x, g, solver=cg(), damping=0.0)
+    assert float(info.relative_residual) < 1e-5

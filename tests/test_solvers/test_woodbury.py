@@ -1,5 +1,6 @@
 """The sample-space solver."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -82,3 +83,43 @@ def test_no_p_by_p_matrix_is_needed():
         METRIC, jnp.zeros(number), x, x[0], solver=WOODBURY, damping=0.1
     )
     assert bool(jnp.all(jnp.isfinite(d)))
+
+
+def _singular(case):
+    """Rows that repeat one another: a softmax, examples twice, more rows than parameters."""
+    key = jax.random.key
+    if case == "softmax":
+        model, likelihood, shape = (lambda p, x: x @ p), ng.Categorical(), (200, 3)
+        x = 30 * jax.random.normal(key(0), (8, 200))
+        target = jax.nn.one_hot(jnp.arange(8) % 3, 3) - 1 / 3
+    elif case == "twice":
+        model, likelihood, shape = (lambda p, x: 100 * (x @ p)), ng.Normal(), (40,)
+        x = jnp.concatenate(2 * [jax.random.normal(key(2), (4, 40))])
+        target = jnp.arange(8.0)
+    else:
+        model, likelihood, shape = (lambda p, x: 1000 * (x @ p)), ng.Normal(), (4, 3)
+        x, target = jax.random.normal(key(2), (8, 4)), jax.random.normal(key(3), (8, 3))
+    return ng.exact_fisher(model, likelihood), jnp.zeros(shape), x, x.T @ target / 8
+
+
+@pytest.mark.parametrize("case", ["softmax", "twice", "tall"])
+@pytest.mark.parametrize("solver", [ng.woodbury(), ng.spectral()], ids=["woodbury", "spectral"])
+def test_repeated_rows_do_not_cost_the_direction_in_float32(case, solver):
+    metric, params, x, g = _singular(case)
+    d, info = ng.natural_gradient_direction(metric, params, x, g, solver=solver, damping=1e-3)
+    product = np.asarray(ng.fisher_vector_product(metric, params, x, d), np.float64)
+    left = np.asarray(g, np.float64) - product - 1e-3 * np.asarray(d, np.float64)
+    assert np.linalg.norm(left) < 1e-3 * np.linalg.norm(g)
+    assert float(info.relative_residual) < 1e-3
+
+
+def test_the_formula_as_it_stands_fails_there():
+    """The control: the subtraction in float32, whose result is then divided by the damping."""
+    metric, params, x, g = _singular("softmax")
+    fisher = np.asarray(ng.fisher_matrix(metric, params, x), np.float32)
+    rows = np.linalg.cholesky(fisher + 1e-6 * np.eye(600, dtype=np.float32) * fisher.max()).T
+    gram = rows @ rows.T + np.float32(1e-3) * np.eye(600, dtype=np.float32)
+    flat = np.asarray(g).ravel()
+    d = (flat - rows.T @ np.linalg.solve(gram, rows @ flat)) / np.float32(1e-3)
+    left = flat - rows.T @ (rows @ d) - 1e-3 * d
+    assert np.linalg.norm(left) > 1e-2 * np.linalg.norm(flat)

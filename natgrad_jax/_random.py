@@ -28,7 +28,7 @@ def key_stream(caller: str, key: Any) -> KeyStream:
     Raises:
       TypeError: `key` is none of these.
     """
-    typed = _typed(caller, key)
+    typed = typed_key(caller, key)
     impl = jax.random.key_impl(typed)
 
     def split(data: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -38,7 +38,8 @@ def key_stream(caller: str, key: Any) -> KeyStream:
     return KeyStream(lambda: jax.random.key_data(typed), split)
 
 
-def _typed(caller: str, key: Any) -> jax.Array:
+def typed_key(caller: str, key: Any) -> jax.Array:
+    """A typed key from a seed, a typed or a legacy key."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", ())
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ():
         return key

@@ -29,7 +29,10 @@ from natgrad_jax.fisher import fisher_quadratic_form as fisher_quadratic_form
 from natgrad_jax.fisher import fisher_vector_product as fisher_vector_product
 from natgrad_jax.fisher import gram_matrix as gram_matrix
 from natgrad_jax.divergence import kl_divergence as kl_divergence
-from natgrad_jax.fisher import score as score
+from natgrad_jax.explanation import Explanation as Explanation
+from natgrad_jax.explanation import explain as explain
+from natgrad_jax.scores import score as score
+from natgrad_jax.scores import score_norms as score_norms
 
 # Solvers of (F + damping I) d = g
 from natgrad_jax.solvers import Solver as Solver

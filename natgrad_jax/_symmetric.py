@@ -67,7 +67,7 @@ def factorize(
     damping: jax.Array,
     *,
     definite: bool = True,
-    decompose: jax.Array | bool = False,
+    floor: jax.Array | float = 0.0,
 ) -> Factor:
     """Prepares solves with A + damping I.
 
@@ -79,7 +79,7 @@ def factorize(
       matrix: A, symmetric (n, n).
       damping: scalar of A's dtype.
       definite: whether A is positive semi-definite, so that negative eigenvalues are rounding.
-      decompose: take the eigendecomposition in any case; decided by value, inside jit.
+      floor: a squared pivot at or below it asks for the eigendecomposition, too.
 
     Returns:
       A :class:`Factor`.
@@ -92,7 +92,7 @@ def factorize(
     pivots = jnp.diagonal(lower) ** 2
     smallest, largest = jnp.min(pivots, initial=jnp.inf), jnp.max(pivots, initial=0)
     sound = jnp.all(jnp.isfinite(pivots)) & (smallest > jnp.finfo(dtype).eps * largest)
-    needed = (damping <= 0) | decompose | ~(sound | (n == 0))
+    needed = (damping <= 0) | ~((sound & (smallest > floor)) | (n == 0))
 
     def run(carry: tuple[jax.Array, Eigen]) -> tuple[jax.Array, Eigen]:
         return jnp.asarray(False), eigen(matrix, definite=definite)

@@ -60,26 +60,22 @@ def unravel(vector: jax.Array, like: Tree) -> Tree:
 
 def max_abs(tree: Tree, dtype: jnp.dtype) -> jax.Array:
     """The largest absolute value in a tree, 0 for a tree without scalars."""
-    largest = jnp.zeros((), dtype)
-    for leaf in jax.tree.leaves(tree):
-        largest = jnp.maximum(largest, jnp.max(jnp.abs(leaf), initial=0).astype(dtype))
-    return largest
+    # A stacked reduction: XLA would copy a chain of scalar operations into whatever uses its end.
+    parts = [jnp.max(jnp.abs(leaf), initial=0).astype(dtype) for leaf in jax.tree.leaves(tree)]
+    return jnp.max(jnp.stack(parts), initial=0) if parts else jnp.zeros((), dtype)
 
 
 def all_finite(tree: Tree) -> jax.Array:
     """True when every scalar of a tree is finite."""
-    finite = jnp.asarray(True)
-    for leaf in jax.tree.leaves(tree):
-        finite = finite & jnp.all(jnp.isfinite(leaf))
-    return finite
+    parts = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(parts)) if parts else jnp.asarray(True)
 
 
 def vdot(a: Tree, b: Tree, dtype: jnp.dtype) -> jax.Array:
     """The inner product of two trees of one dtype, at full precision."""
-    total = jnp.zeros((), dtype)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        total = total + jnp.vdot(x, y, precision=jax.lax.Precision.HIGHEST).astype(dtype)
-    return total
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    parts = [jnp.vdot(x, y, precision=jax.lax.Precision.HIGHEST).astype(dtype) for x, y in pairs]
+    return jnp.sum(jnp.stack(parts)) if parts else jnp.zeros((), dtype)
 
 
 def scale(tree: Tree, factor: jax.Array) -> Tree:
@@ -107,11 +103,15 @@ def zeros_like(tree: Tree) -> Tree:
 def normalised(tree: Tree, dtype: jnp.dtype) -> tuple[Tree, jax.Array]:
     """A tree divided by a power of two (exact) near its largest entry, and that power."""
     largest = max_abs(tree, dtype)
-    usable = (largest > 0) & jnp.isfinite(largest)
-    _, exponent = jnp.frexp(jnp.where(usable, largest, 1))
-    half = exponent // 2
-    one = jnp.ones((), dtype)
-    # In two factors: the reciprocal of the largest or smallest power alone would not be finite.
-    down, rest = jnp.ldexp(one, -half), jnp.ldexp(one, half - exponent)
-    size = jnp.ldexp(one, exponent)
-    return jax.tree.map(lambda x: x * down * rest, tree), size
+    info = jnp.finfo(dtype)
+    usable = (largest >= info.tiny) & (largest <= info.max)
+    # The exponent bits alone are the power. (`frexp` and `ldexp` are forty operations, which XLA
+    # would copy into the kernel of every leaf.)
+    kind = jnp.dtype(f"int{info.bits}")
+    bits = jax.lax.bitcast_convert_type(jnp.where(usable, largest, 1), kind)
+    mask = (2 ** (info.bits - 1) - 1) - (2**info.nmant - 1)
+    power = jax.lax.bitcast_convert_type(bits & jnp.asarray(mask, kind), dtype)
+    size = jnp.where(usable, power, jnp.where((largest > 0) & (largest < 1), info.tiny, 1)).astype(
+        dtype
+    )
+    return jax.tree.map(lambda x: x / size, tree), size

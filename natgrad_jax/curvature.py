@@ -14,7 +14,8 @@ from natgrad_jax import _random
 from natgrad_jax import _trees
 from natgrad_jax import examples
 from natgrad_jax.jacobian import Jacobian
-from natgrad_jax.jacobian import dense_jacobian
+from natgrad_jax.jacobian import has_forward_mode
+from natgrad_jax.jacobian import jacobian as _rows
 from natgrad_jax.metrics import Metric
 from natgrad_jax.metrics import OutputMetric
 
@@ -86,7 +87,9 @@ def curvature(metric: Metric, params: Tree, batch: Tree, key: jax.Array | None) 
     def jacobian() -> Jacobian:
         at_outputs = output_metric(metric.outputs(params, batch))
         groups = metric.groups(batch)
-        return dense_jacobian(metric.name, metric.outputs, params, batch, at_outputs, groups)
+        return _rows(
+            metric.name, metric.outputs, params, batch, at_outputs, groups, metric.independent
+        )
 
     return here._replace(linearize=linearize, num_rows=num_rows, jacobian=jacobian)
 
@@ -169,7 +172,7 @@ def linear_maps(function: Linear, params: Tree) -> tuple[Tree, Linear, Linear]:
 
     Where the function has no forward mode (`jax.custom_vjp`), J v is the transpose of its vjp.
     """
-    if not _has_forward_mode(function, params):
+    if not has_forward_mode(function, params):
         outputs, pull = jax.vjp(function, params)
         push_tuple = jax.linear_transpose(pull, outputs)
         return outputs, lambda v: push_tuple((v,))[0], lambda u: pull(u)[0]
@@ -178,16 +181,10 @@ def linear_maps(function: Linear, params: Tree) -> tuple[Tree, Linear, Linear]:
     return outputs, push, lambda u: transpose(u)[0]
 
 
-def _has_forward_mode(function: Linear, params: Tree) -> bool:
-    # A custom_vjp passes `jvp` and `linearize`; what they give fails only where it is compiled. The
-    # printed jaxpr shows it at any depth.
-    return "custom_vjp_call" not in str(jax.make_jaxpr(function)(params))
-
-
 def push_forward(function: Linear, params: Tree, tangent: Tree) -> tuple[Tree, Tree]:
     """Outputs of a function and one Jacobian product J v."""
     tangent = _trees.cast_like(tangent, params)
-    if _has_forward_mode(function, params):
+    if has_forward_mode(function, params):
         return jax.jvp(function, (params,), (tangent,))
     outputs, push, _ = linear_maps(function, params)
     return outputs, push(tangent)

@@ -73,8 +73,7 @@ def natural_gradient_direction(
       batch: pytree of arrays, as the metric's model takes it.
       grads: the gradient g, a tree like ``params``.
       solver: one of the solvers; None chooses an exact one from static shapes: `cholesky` when
-        P <= 2048 and P is not above the number of rows M, `woodbury` while M <= 4096 and the rows
-        fit in memory, `cg` beyond.
+        P <= 2048 and P is not above the number of rows M, `woodbury` while M <= 4096, `cg` beyond.
       damping: :math:`\lambda`, in units of F. 0 means the pseudo-inverse.
       key: random key (typed, legacy or an int seed), for a metric that samples.
 
@@ -175,7 +174,8 @@ def compiled_direction(
     if velocity is not None:
         d = velocity = _trees.add_scaled(d, jnp.ones((), dtype), carried)
     # Iterations end at once on non-finite numbers, and would hide them.
-    d = jax.tree.map(lambda x: jnp.where(_trees.all_finite(g), x, jnp.nan), d)
+    finite = _trees.all_finite(g)
+    d = jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), d)
     return _trees.cast_like(d, grads), state, velocity, _info(report, damping, g, d, dtype)
 
 

@@ -181,8 +181,12 @@ def scale_rows(row_scales: Tree, tree: Tree) -> Tree:
     )
 
 
-def vmap_examples(
-    function: Callable[..., Tree], batch: Tree, group: Group, *per_example: Tree
+def map_examples(
+    function: Callable[..., Tree],
+    batch: Tree,
+    group: Group,
+    *per_example: Tree,
+    chunk: int | None = None,
 ) -> Tree:
     """Maps a function of a batch over batches that hold one example of a group each.
 
@@ -191,19 +195,23 @@ def vmap_examples(
       batch: the whole batch; what the group does not map is given to every call whole.
       group: which leaves hold examples, and where.
       *per_example: further trees whose leaves have a leading example axis.
+      chunk: how many examples to take at a time; None for all.
 
     Returns:
       The results, stacked along a leading axis N; N = 1 for a group without mapped leaves.
     """
     leaves, structure = jax.tree.flatten(batch)
+    mapped = [i for i, axis in enumerate(group.axes) if axis is not None]
 
     def one(slices: list[jax.Array], *extras: Tree) -> Tree:
-        parts = [
-            x if axis is None else jnp.expand_dims(x, axis)
-            for x, axis in zip(slices, group.axes, strict=True)
-        ]
+        parts = list(leaves)
+        for i, x in zip(mapped, slices, strict=True):
+            parts[i] = jnp.expand_dims(x, group.axes[i])
         return function(jax.tree.unflatten(structure, parts), *extras)
 
-    return jax.vmap(one, in_axes=(list(group.axes), *(0 for _ in per_example)))(
-        leaves, *per_example
-    )
+    if not mapped and not jax.tree.leaves(per_example):
+        return jax.tree.map(lambda x: x[None], one([]))
+    slices = [jnp.moveaxis(leaves[i], group.axes[i], 0) for i in mapped]
+    if chunk is None or chunk >= (group.size or 1):
+        return jax.vmap(one)(slices, *per_example)
+    return jax.lax.map(lambda x: one(*x), (slices, *per_example), batch_size=chunk)

@@ -5,7 +5,6 @@ once for each metric object, so build a metric once and keep it.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,48 +14,11 @@ from natgrad_jax import _boundary
 from natgrad_jax import _symmetric
 from natgrad_jax import _trees
 from natgrad_jax import curvature as _curvature
-from natgrad_jax import examples
 from natgrad_jax.curvature import Curvature
 from natgrad_jax.curvature import curvature
 from natgrad_jax.metrics import Metric
 
 Tree = Any
-
-
-def score(
-    log_prob: Callable[[Tree, Tree], jax.Array], params: Tree, batch: Tree, *, batch_axes: Tree = 0
-) -> Tree:
-    r"""Per-example scores.
-
-    .. math::
-        s_n = \nabla_\theta \log p(x_n | \theta)
-
-    Args:
-      log_prob: function (params, batch) -> log-probabilities (N,).
-      params: parameters, a pytree of real arrays.
-      batch: pytree of arrays that hold N examples.
-      batch_axes: along which axis of each batch leaf examples lie, as ``in_axes`` of ``jax.vmap``.
-
-    Returns:
-      A tree like ``params`` with a leading axis N.
-
-    Raises:
-      ValueError: batch leaves disagree on N, or none holds examples.
-
-    Examples:
-      >>> import jax.numpy as jnp, natgrad_jax as ng
-      >>> log_prob = lambda mean, x: -0.5 * (x - mean) ** 2
-      >>> ng.score(log_prob, jnp.array(1.0), jnp.array([0.0, 1.0, 3.0])).tolist()
-      [-1.0, 0.0, 2.0]
-
-    Notes:
-      One backward pass for each example, batched by vmap; N x P numbers.
-    """
-    _check("score", params, batch)
-    (group,) = examples.example_groups("score", batch, batch_axes)
-    if group.size is None:
-        raise ValueError("score: no leaf of the batch holds examples; give batch and batch_axes")
-    return _score(log_prob, group, params, batch)
 
 
 def fisher_matrix(
@@ -90,7 +52,7 @@ def fisher_matrix(
       [[2.0, 0.0], [0.0, 4.0]]
 
     Notes:
-      O(P^2) memory. Rows are taken example by example: examples must not mix.
+      O(P^2) memory.
     """
     _check("fisher_matrix", params, batch, metric)
     return _dense(metric, params, batch, key)
@@ -278,20 +240,6 @@ def _check(caller: str, params: Tree, batch: Tree, metric: Metric | None = None)
         _boundary.check_metric(caller, metric)
     _boundary.check_params(caller, params)
     _boundary.check_batch(caller, batch)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _score(log_prob, group: examples.Group, params: Tree, batch: Tree) -> Tree:
-    def total(p: Tree, one: Tree) -> jax.Array:
-        values = log_prob(p, one)
-        if values.ndim != 1:
-            raise ValueError(
-                "score: log_prob(params, batch) must return one number for each example, an array"
-                f" of shape (N,), got shape {values.shape}"
-            )
-        return jnp.sum(values)
-
-    return examples.vmap_examples(lambda one: jax.grad(total)(params, one), batch, group)
 
 
 @functools.partial(jax.jit, static_argnums=0)

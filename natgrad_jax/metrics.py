@@ -41,6 +41,8 @@ class Metric(NamedTuple):
       groups: batch -> groups of examples.
       needs_key: whether F is estimated from samples.
       definite: whether F is positive semi-definite by construction.
+      independent: True where the user vouches that output row n depends on example n alone; None
+        where that is read off the model.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Metric(NamedTuple):
     groups: Callable[[Tree], tuple[examples.Group, ...]] | None
     needs_key: bool = False
     definite: bool = True
+    independent: bool | None = None
 
 
 def exact_fisher(
@@ -58,6 +61,7 @@ def exact_fisher(
     *,
     weights: Callable[[Tree], jax.Array] | None = None,
     batch_axes: Tree = 0,
+    independent: bool | None = None,
 ) -> Metric:
     r"""The Fisher information matrix, its expectation over targets taken exactly.
 
@@ -78,6 +82,9 @@ def exact_fisher(
         (k N,), or each example, (N,). They are divided by their sum: only their ratios matter.
         Zero masks padding whose outputs are finite.
       batch_axes: along which axis of each batch leaf examples lie, as ``in_axes`` of ``jax.vmap``.
+      independent: whether examples are independent is read off the model. Where the reader cannot
+        show it, rows come from the whole batch, exactly and expensively, with a warning; True
+        vouches for it instead: rows then are those of each example evaluated by itself.
 
     Returns:
       A :class:`Metric`.
@@ -94,10 +101,9 @@ def exact_fisher(
       True
 
     Notes:
-      Solvers that form rows use one row for each example *and output column*. With many output
-      columns take :func:`cg`, or :func:`sampled_fisher`. Until independence of examples is read off
-      the model, rows are taken example by example: examples must not mix (no batch normalisation
-      in training mode) in `woodbury`, `cholesky`, `spectral` and the diagonals.
+      Solvers that work on rows use one row for each example *and output column*. With many output
+      columns take :func:`cg`, or :func:`sampled_fisher`. :func:`explain` tells how the rows of each
+      parameter are held.
 
     References:
       Amari, 1998, Natural gradient works efficiently in learning; Martens, 2020, New insights and
@@ -115,7 +121,7 @@ def exact_fisher(
         )
     name, groups = "exact_fisher", _groups("exact_fisher", batch_axes)
     output_metric = _exact(name, likelihood, weights, groups)
-    return Metric(name, model, output_metric, output_metric, groups)
+    return Metric(name, model, output_metric, output_metric, groups, independent=independent)
 
 
 def sampled_fisher(
@@ -125,6 +131,7 @@ def sampled_fisher(
     num_samples: int = 1,
     weights: Callable[[Tree], jax.Array] | None = None,
     batch_axes: Tree = 0,
+    independent: bool | None = None,
 ) -> Metric:
     r"""The Fisher information matrix estimated from targets drawn from the model.
 
@@ -141,6 +148,7 @@ def sampled_fisher(
       num_samples: samples S for each row.
       weights: as for :func:`exact_fisher`.
       batch_axes: as for :func:`exact_fisher`.
+      independent: as for :func:`exact_fisher`.
 
     Returns:
       A :class:`Metric` that needs a key.
@@ -186,7 +194,9 @@ def sampled_fisher(
         return OutputMetric(product, factor_product, coefficients)
 
     exact = _exact(name, likelihood, weights, groups)
-    return Metric(name, model, output_metric, exact, groups, needs_key=True)
+    return Metric(
+        name, model, output_metric, exact, groups, needs_key=True, independent=independent
+    )
 
 
 def empirical_fisher(
@@ -195,6 +205,7 @@ def empirical_fisher(
     centered: bool = False,
     weights: Callable[[Tree], jax.Array] | None = None,
     batch_axes: Tree = 0,
+    independent: bool | None = None,
 ) -> Metric:
     r"""The second moment of scores at the data: the *empirical* Fisher matrix.
 
@@ -212,6 +223,7 @@ def empirical_fisher(
         times it).
       weights: as for :func:`exact_fisher`.
       batch_axes: as for :func:`exact_fisher`.
+      independent: as for :func:`exact_fisher`.
 
     Returns:
       A :class:`Metric`.
@@ -260,7 +272,7 @@ def empirical_fisher(
 
         return plain._replace(product=product, center=center)
 
-    return Metric(name, log_prob, output_metric, output_metric, groups)
+    return Metric(name, log_prob, output_metric, output_metric, groups, independent=independent)
 
 
 def gauss_newton(
@@ -268,6 +280,7 @@ def gauss_newton(
     *,
     weights: Callable[[Tree], Tree] | None = None,
     batch_axes: Tree = 0,
+    independent: bool | None = None,
 ) -> Metric:
     r"""The Gauss-Newton matrix of a least-squares loss.
 
@@ -283,6 +296,7 @@ def gauss_newton(
       weights: as for :func:`exact_fisher`; with several groups, the residual's tree of weights.
       batch_axes: as for :func:`exact_fisher`. Here mapped batch leaves may come in several sizes
         (interior and boundary points): each residual leaf then has one of these sizes.
+      independent: as for :func:`exact_fisher`.
 
     Returns:
       A :class:`Metric`.
@@ -306,7 +320,7 @@ def gauss_newton(
         row_weights = examples.row_weights(name, weights, batch, outputs, groups(batch))
         return output_metrics.row_metric(outputs, row_weights)
 
-    return Metric(name, residual, output_metric, output_metric, groups)
+    return Metric(name, residual, output_metric, output_metric, groups, independent=independent)
 
 
 def hessian(loss: Callable[[Tree, Tree], jax.Array]) -> Metric:

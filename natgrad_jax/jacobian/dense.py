@@ -1,167 +1,123 @@
-"""Materialised rows, taken example by example: exact where examples do not mix.
+"""Rows of parameters that do not factor: a backward pass for each example and column, in chunks."""
 
-One backward pass for each example and column of the output-space factor B, batched by vmap. The
-rows take M x P numbers.
-"""
-
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from natgrad_jax import _trees
 from natgrad_jax import examples
-from natgrad_jax.jacobian.interface import Jacobian
+from natgrad_jax.jacobian import batch_size
+from natgrad_jax.jacobian import factored
+from natgrad_jax.jacobian.columns import RowGroup
 
 Tree = Any
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def dense_jacobian(
-    caller: str,
-    function: Callable[[Tree, Tree], Tree],
-    params: Tree,
-    batch: Tree,
-    output_metric: Any,
-    groups: tuple[examples.Group, ...],
-) -> Jacobian:
-    """Forms the rows R of a pull-back metric and gives the products on them.
+def wanted_outputs(model: Any, number: int) -> list[tuple[int, int]]:
+    """The output leaves of one group of examples, and their rows for each example."""
+    found = []
+    for i, leaf in enumerate(jax.eval_shape(model.function, model.params, model.batch)):
+        group, rows = examples.rows_per_example(model.caller, leaf.shape[0], model.groups)
+        if group is model.groups[number]:
+            found.append((i, rows))
+    return found
+
+
+def outputs_of_group(model: Any, number: int) -> Any:
+    """The model with the outputs of one group of examples alone."""
+    wanted = [i for i, _ in wanted_outputs(model, number)]
+
+    def function(params: list[jax.Array], batch: list[jax.Array]) -> list[jax.Array]:
+        outputs = model.function(params, batch)
+        return [outputs[i] for i in wanted]
+
+    return function
+
+
+def split_examples(
+    model: Any, groups: list[RowGroup], number: int, cotangents: list[jax.Array]
+) -> list[jax.Array]:
+    """Cotangents (C, k N, ...) of one group's outputs, example by example: (N, C, k, ...)."""
+    count, n = groups[number].columns, groups[number].examples
+    split = []
+    for (_, rows), c in zip(wanted_outputs(model, number), cotangents, strict=True):
+        split.append(jnp.moveaxis(c.reshape(count, n, rows, *c.shape[2:]), 1, 0))
+    return split
+
+
+def column_rows(
+    function: Any,
+    params: list[jax.Array],
+    batch: list[jax.Array],
+    wanted: list[int],
+    cotangents: list[jax.Array],
+) -> list[jax.Array]:
+    """Rows (1, C, P_l) of some leaves, by one backward pass for each column."""
+
+    def outputs(own: list[jax.Array]) -> list[jax.Array]:
+        full = list(params)
+        for i, x in zip(wanted, own, strict=True):
+            full[i] = x
+        return function(full, batch)
+
+    values, pull = jax.vjp(outputs, [params[i] for i in wanted])
+    for value, c in zip(values, cotangents, strict=True):
+        assert value.shape == c.shape[1:]
+    cast = [c.astype(v.dtype) for c, v in zip(cotangents, values, strict=True)]
+    count = cotangents[0].shape[0]
+    chunk = max(1, factored.CHUNK // max(sum(params[i].size for i in wanted), 1))
+    if chunk >= count:
+        (rows,) = jax.vmap(pull)(cast)
+    else:
+        (rows,) = jax.lax.map(pull, cast, batch_size=chunk)
+    return [x.reshape(1, count, math.prod(x.shape[1:])) for x in rows]
+
+
+def example_rows(
+    model: Any, groups: list[RowGroup], number: int, wanted: list[int], cotangents: list[jax.Array]
+) -> list[jax.Array]:
+    """Rows (N, C, P_l) of some leaves, for one group of independent examples.
 
     Args:
-      caller: public name for error messages.
-      function: (params, batch) -> outputs.
-      params: pytree of real arrays, P numbers.
-      batch: pytree of arrays.
-      output_metric: the `OutputMetric` at the outputs of this batch.
-      groups: the groups of examples of this batch.
-
-    Returns:
-      A :class:`Jacobian` whose rows are held as one (M, P_l) array for each leaf of `params`.
+      model: the model.
+      groups: rows of all groups.
+      number: the group.
+      wanted: which parameter leaves.
+      cotangents: of the group's outputs, (C, k N, ...).
     """
-    dtype = _trees.work_dtype(params)
-    coefficients, structure = jax.tree.flatten(output_metric.coefficients)
-    pieces: list[Any] = [None] * len(coefficients)
-    for group in groups:
-        columns = _columns(caller, coefficients, group, groups)
-        if not columns:
-            continue  # examples of a size that no output has
-        cotangents = _cotangents(output_metric, columns, group)
-        stacked = _example_rows(caller, function, params, batch, cotangents, group)
-        start = 0
-        for i, width in columns.items():
-            part = [leaf[:, start : start + width] for leaf in stacked]
-            pieces[i] = [x.reshape(x.shape[0] * width, x.shape[2]).astype(dtype) for x in part]
-            start += width
-    rows = [jnp.concatenate(leaf) for leaf in zip(*pieces, strict=True)]
-    if output_metric.center is not None:
-        # Centering acts along the rows, on each parameter's column by itself.
-        center = jax.vmap(output_metric.center, in_axes=-1, out_axes=-1)
-        rows = [jax.tree.leaves(center(jax.tree.unflatten(structure, [x])))[0] for x in rows]
-    return _products(rows, params, dtype)
+    if batch_size.is_free(model):
+        return _one_by_one(model, groups, number, wanted, cotangents)
+    return _within_batch(model, groups, number, wanted, cotangents)
 
 
-def _columns(
-    caller: str, coefficients: list[Any], group: examples.Group, groups: tuple[examples.Group, ...]
-) -> dict[int, int]:
-    """For each coefficient leaf of this group, its rows of R for one example."""
-    count = 1 if group.size is None else group.size
-    return {
-        i: math.prod(c.shape) // max(count, 1)
-        for i, c in enumerate(coefficients)
-        if examples.rows_per_example(caller, c.shape[0], groups)[0] is group
-    }
-
-
-def _cotangents(output_metric: Any, columns: dict[int, int], group: examples.Group) -> list[Any]:
-    """Columns of B for every example at once: for each output leaf (N, columns, k, ...), or None.
-
-    B acts row by row, so one unit coefficient at the same place of every example gives the same
-    column of every example's B.
-    """
-    count = 1 if group.size is None else group.size
-    leaves, structure = jax.tree.flatten(output_metric.coefficients)
-    total = sum(columns.values())
-    basis, start = [], 0
-    for i, c in enumerate(leaves):
-        if i not in columns:
-            basis.append(jnp.zeros((total, *c.shape), c.dtype))
-            continue
-        unit = jnp.eye(total, dtype=c.dtype)[:, start : start + columns[i]]
-        everywhere = jnp.broadcast_to(unit[:, None, :], (total, count, columns[i]))
-        basis.append(everywhere.reshape(total, *c.shape))
-        start += columns[i]
-    stacked = jax.vmap(output_metric.factor_product)(jax.tree.unflatten(structure, basis))
-
-    def split(i: int, x: jax.Array) -> jax.Array | None:
-        # Only with several groups do coefficients outside this group exist; they then mirror the
-        # outputs leaf by leaf.
-        if len(columns) < len(leaves) and i not in columns:
-            return None
-        return jnp.moveaxis(
-            x.reshape(total, count, x.shape[1] // max(count, 1), *x.shape[2:]), 1, 0
-        )
-
-    return [split(i, x) for i, x in enumerate(jax.tree.leaves(stacked))]
-
-
-def _example_rows(
-    caller: str,
-    function: Callable[[Tree, Tree], Tree],
-    params: Tree,
-    batch: Tree,
-    cotangents: list[Any],
-    group: examples.Group,
+def _one_by_one(
+    model: Any, groups: list[RowGroup], number: int, wanted: list[int], cotangents: list[jax.Array]
 ) -> list[jax.Array]:
-    """Pulls each example's cotangents back through that example alone: leaves (N, columns, P_l)."""
-    wanted = [i for i, c in enumerate(cotangents) if c is not None]
+    """Each example evaluated by itself."""
+    group, function = model.groups[number], outputs_of_group(model, number)
+    own = split_examples(model, groups, number, cotangents)
 
-    def example(one: Tree, columns: list[jax.Array]) -> list[jax.Array]:
-        def outputs(p: Tree) -> list[jax.Array]:
-            every = jax.tree.leaves(function(p, one))
-            return [every[i] for i in wanted]
+    def example(one: list[jax.Array], columns: list[jax.Array]) -> list[jax.Array]:
+        return [x[0] for x in column_rows(function, model.params, one, wanted, columns)]
 
-        values, pull_back = jax.vjp(outputs, params)
-        for value, column in zip(values, columns, strict=True):
-            if value.shape != column.shape[1:]:
-                raise ValueError(
-                    f"{caller}: on a batch of one example the model gives outputs of shape"
-                    f" {value.shape}, but on the whole batch each example has {column.shape[1:]};"
-                    " rows are taken example by example"
-                )
-        cast = [c.astype(v.dtype) for c, v in zip(columns, values, strict=True)]
-        (rows,) = jax.vmap(pull_back)(cast)
-        return [x.reshape(x.shape[0], math.prod(x.shape[1:])) for x in jax.tree.leaves(rows)]
-
-    return examples.vmap_examples(example, batch, group, [cotangents[i] for i in wanted])
+    numbers = groups[number].columns * sum(model.params[i].size for i in wanted)
+    chunk = max(1, factored.CHUNK // max(numbers, 1))
+    return examples.map_examples(example, model.batch, group, own, chunk=chunk)
 
 
-def _products(rows: list[jax.Array], params: Tree, dtype: jnp.dtype) -> Jacobian:
-    shapes, treedef = jax.tree.flatten(params)
+def _within_batch(
+    model: Any, groups: list[RowGroup], number: int, wanted: list[int], cotangents: list[jax.Array]
+) -> list[jax.Array]:
+    """Each example's cotangents through the whole batch, for models that depend on its size."""
+    function, own = outputs_of_group(model, number), wanted_outputs(model, number)
 
-    def product(tangent: Tree) -> jax.Array:
-        tangents = [v.reshape(-1).astype(dtype) for v in jax.tree.leaves(tangent)]
-        parts = [jnp.dot(r, v, precision=_HIGHEST) for r, v in zip(rows, tangents, strict=True)]
-        return functools.reduce(jnp.add, parts)
+    def example(index: jax.Array) -> list[jax.Array]:
+        masked = []
+        for (_, rows), c in zip(own, cotangents, strict=True):
+            here = jnp.arange(c.shape[1]) // rows == index
+            masked.append(jnp.where(here.reshape(1, -1, *(1 for _ in c.shape[2:])), c, 0))
+        pulled = column_rows(function, model.params, model.batch, wanted, masked)
+        return [x[0] for x in pulled]
 
-    def transposed_product(u: jax.Array) -> Tree:
-        parts = [jnp.dot(u, r, precision=_HIGHEST) for r in rows]
-        return unflatten([x.reshape(s.shape) for x, s in zip(parts, shapes, strict=True)])
-
-    def unflatten(leaves: list[jax.Array]) -> Tree:
-        return jax.tree.unflatten(treedef, leaves)
-
-    return Jacobian(
-        product=product,
-        transposed_product=transposed_product,
-        gram=lambda: functools.reduce(
-            jnp.add, [jnp.matmul(r, r.T, precision=_HIGHEST) for r in rows]
-        ),
-        diagonal=lambda: unflatten(
-            [jnp.sum(r * r, axis=0).reshape(s.shape) for r, s in zip(rows, shapes, strict=True)]
-        ),
-        blocks=lambda: unflatten([jnp.matmul(r.T, r, precision=_HIGHEST) for r in rows]),
-        matrix=lambda: jnp.concatenate(rows, axis=1),
-    )
+    return jax.lax.map(example, jnp.arange(groups[number].examples))

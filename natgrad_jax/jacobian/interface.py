@@ -21,6 +21,8 @@ class Jacobian(NamedTuple):
       diagonal: () -> the diagonal of F, params-like.
       blocks: () -> for each leaf of P_l parameters its block of F, (P_l, P_l).
       matrix: () -> R itself, (M, P).
+      squared_norms: () -> the squared norm of every row, (M,); of a centered metric before
+        centering.
     """
 
     product: Callable[[Tree], jax.Array]
@@ -29,3 +31,4 @@ class Jacobian(NamedTuple):
     diagonal: Callable[[], Tree]
     blocks: Callable[[], Tree]
     matrix: Callable[[], jax.Array]
+    squared_norms: Callable[[], jax.Array]

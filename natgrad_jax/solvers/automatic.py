@@ -16,25 +16,23 @@ from natgrad_jax.solvers.woodbury import woodbury
 
 Tree = Any
 
-#: The largest P for which F is formed, the largest M for which R R^T is, and the largest number of
-#: scalars in materialised rows R.
+#: The largest P for which F is formed, and the largest M for which R R^T is.
 MAX_DENSE = 2048
 MAX_GRAM = 4096
-MAX_ROW_SCALARS = 2**28
 
 
 def choose(here: Curvature) -> Solver:
     """The exact solver that shapes suggest.
 
     * dense (`cholesky`) when P <= MAX_DENSE and P is not above M, or F has no rows;
-    * sample space (`woodbury`) while M <= MAX_GRAM and the rows fit MAX_ROW_SCALARS;
+    * sample space (`woodbury`) while M <= MAX_GRAM;
     * conjugate gradients beyond, started cold.
     """
     size = _trees.size(here.params)
     rows = None if here.num_rows is None else here.num_rows()
     if size <= MAX_DENSE and (rows is None or size <= rows):
         return cholesky()
-    if rows is not None and rows <= MAX_GRAM and rows * size <= MAX_ROW_SCALARS:
+    if rows is not None and rows <= MAX_GRAM:
         return woodbury()
     return cg(warm_start=False)
 

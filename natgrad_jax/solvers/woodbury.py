@@ -1,6 +1,6 @@
 """The sample-space solver: the M x M Gram matrix in place of the P x P Fisher matrix."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +8,29 @@ import jax.numpy as jnp
 from natgrad_jax import _symmetric
 from natgrad_jax import _trees
 from natgrad_jax.curvature import Curvature
-from natgrad_jax.solvers import _row_space
 from natgrad_jax.solvers import _solver
 from natgrad_jax.solvers._solver import Report
 from natgrad_jax.solvers._solver import Solve
 from natgrad_jax.solvers._solver import Solver
 
 Tree = Any
+
+#: The subtraction of the formula may cost this share of the direction before more is done.
+_LOST = 1e-4
+
+
+class _Split(NamedTuple):
+    phase: jax.Array
+    repeated: jax.Array
+    g: jax.Array
+    outside: jax.Array
+    inside: jax.Array
+    d: jax.Array
+    ratio: jax.Array
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
 
 
 def woodbury() -> Solver:
@@ -41,11 +57,12 @@ def woodbury() -> Solver:
       True
 
     Notes:
-      O(M^2 P + M^3) work. What lies outside the row space of R is only divided by the damping:
-      `info.outside_row_space` reports its share of the step. In float32 a step of iterative
-      refinement is taken in sample space always, and with products of R where the damping is below
-      about 1e-5 of the largest eigenvalue; below about 1e-6 the subtraction leaves no digit, and an
-      eigendecomposition of R R^T, several times the price, takes its place.
+      O(M^2 P + M^3) work; M^2 (p + q) for a layer of p inputs and q outputs. What lies outside the
+      row space of R is only divided by the damping: `info.outside_row_space` reports its share of
+      the step. Where rounding in the subtraction would be seen in the direction (g within the row
+      space, small damping), the part inside is computed apart from the part outside, for four
+      products of R instead of two. With damping 0, and where Cholesky fails, an eigendecomposition
+      of R R^T takes its place, several times the price.
 
     References:
       Woodbury, 1950; Chen and Heyl, 2023, Efficient optimization of deep neural quantum states
@@ -55,64 +72,106 @@ def woodbury() -> Solver:
     def prepare(here: Curvature, damping: jax.Array, state: tuple[()]) -> tuple[Solve, tuple[()]]:
         rows = here.jacobian()
         gram = rows.gram()
-        single, eps = here.dtype == jnp.float32, jnp.finfo(here.dtype).eps
-        size = jnp.linalg.norm(gram)
-        # Below, the subtraction leaves no digit: the modes are then treated one by one.
-        hopeless = eps * size > 0.1 * damping
-        factor = _symmetric.factorize(gram, damping, decompose=hopeless)
+        eps, size = jnp.finfo(here.dtype).eps, jnp.linalg.norm(gram)
+        # A pivot within the rounding of the Gram matrix says that repeated rows, not the damping,
+        # decide what the factor holds.
+        factor = _symmetric.factorize(gram, damping, floor=10 * eps * size)
         inverse = jnp.where(damping > 0, 1 / jnp.where(damping > 0, damping, 1), 0)
+        norm = lambda v: jnp.sqrt(_trees.vdot(v, v, here.dtype))
 
-        def subtract(g: Tree) -> tuple[Tree, jax.Array, jax.Array]:
-            """The formula as it stands, R g, and w = (R R^T + damping I)^-1 R g."""
-            y = rows.product(g)
-            w = factor.solve(y)
-            if single:
-                w = w + factor.solve(_left(y, w))
-            d = _trees.add_scaled(rows.transposed_product(-inverse * w), inverse, g)
-            return d, y, w
-
-        def _left(y: jax.Array, w: jax.Array) -> jax.Array:
+        def left(y: jax.Array, w: jax.Array) -> jax.Array:
+            """The residual in sample space."""
             return y - _symmetric.matvec(gram, w) - damping * w
 
-        def refined(g: Tree, d: Tree, ratio: jax.Array) -> tuple[Tree, jax.Array]:
-            """Refinement with products of R, while it halves the residual."""
+        def damped_solve(y: jax.Array) -> jax.Array:
+            w = factor.solve(y)
+            return w + factor.solve(left(y, w)) if here.dtype == jnp.float32 else w
 
-            def step(carry: tuple[jax.Array, Tree, jax.Array]) -> tuple[jax.Array, Tree, jax.Array]:
-                _, d, ratio = carry
-                correction, _, _ = subtract(_row_space.residual(rows, damping, g, d))
-                new = jax.tree.map(jnp.add, d, correction)
-                measured = _row_space.relative_residual(here, rows, damping, g, new)
-                better = measured < ratio
-                kept = jax.tree.map(lambda a, b: jnp.where(better, a, b), new, d)
-                return measured < 0.5 * ratio, kept, jnp.minimum(measured, ratio)
+        def in_range(w: jax.Array) -> jax.Array:
+            """(R R^T)^+ w."""
 
-            start = (eps * size > 1e-2 * damping, d, jnp.full_like(ratio, jnp.inf))
-            _, d, measured = jax.lax.while_loop(lambda c: c[0], step, start)
-            return d, jnp.where(jnp.isfinite(measured), measured, ratio)
+            def by_eigen(w: jax.Array) -> jax.Array:
+                values, vectors = factor.eigen
+                modes = _symmetric.matvec(vectors.T, w)
+                gains = jnp.where(values > 0, 1 / jnp.where(values > 0, values, 1), 0)
+                return _symmetric.matvec(vectors, gains * modes)
 
-        def by_cholesky(g: Tree) -> tuple[Tree, Report]:
-            d, y, w = subtract(g)
-            # The residual is R^T r / damping for the sample-space residual r.
-            r, norm = _left(y, w), _trees.vdot(g, g, here.dtype)
-            ratio = inverse * jnp.sqrt(
-                jnp.maximum(jnp.dot(r, _symmetric.matvec(gram, r)), 0)
-                / jnp.where(norm > 0, norm, 1)
+            def by_iteration(w: jax.Array) -> jax.Array:
+                return _symmetric.solve_in_range(gram, factor.solve, w)
+
+            return jax.lax.cond(factor.eigen_taken, by_eigen, by_iteration, w)
+
+        def pseudo_inverse(y: jax.Array) -> jax.Array:
+            """(R R^T)^+ y, which is w + damping (R R^T)^+ w for the damped solution w of y."""
+            w = jnp.where(factor.eigen_taken, y, damped_solve(y))
+            part = in_range(w)
+            return jnp.where(factor.eigen_taken, part, w + damping * part)
+
+        def split_step(s: _Split) -> _Split:
+            """Phases 0 and 1 take the rows out of `outside`, 2 makes d, 3 measures what is left."""
+            making, measuring = s.phase == 2, s.phase == 3
+            x = jnp.where(measuring, s.d, s.outside)
+            y = rows.product(_trees.unravel(x, here.params))
+            phases = [pseudo_inverse, pseudo_inverse, lambda _: damped_solve(s.inside), _same]
+            u = jax.lax.switch(s.phase, phases, y)
+            t = _trees.ravel(rows.transposed_product(u))
+            outside = jnp.where(s.phase < 2, s.outside - t, s.outside)
+            inside = jnp.where(s.phase < 2, s.inside + u, s.inside)
+            d = jnp.where(making, s.d + t + inverse * outside, s.d)
+            left = s.g - t - damping * d
+            ratio = jnp.where(measuring, _solver.relative(left, s.g).astype(here.dtype), s.ratio)
+            again = measuring & ~s.repeated & (ratio > _LOST)
+            return _Split(
+                phase=jnp.where(again, 0, s.phase + 1),
+                repeated=s.repeated | again,
+                g=s.g,
+                outside=jnp.where(again, left, outside),
+                inside=jnp.where(again, 0, inside),
+                d=d,
+                ratio=ratio,
             )
-            if single:
-                d, ratio = refined(g, d, ratio)
-            # R d = w, so the part of d in the row space is R^T (R R^T)^+ w.
-            inside = jnp.dot(w, _symmetric.solve_in_range(gram, factor.solve, w))
-            share = _solver.outside_share(inside, _trees.vdot(d, d, here.dtype))
-            return d, _solver.report(relative_residual=ratio, outside_row_space=share)
 
-        def by_eigen(g: Tree) -> tuple[Tree, Report]:
-            gains = _symmetric.damped_inverse(factor.eigen.values, damping)
-            return _row_space.apply_gains(
-                here, rows, factor.eigen, gains, inverse, damping, g, refine=True
+        def split(g: Tree, d: Tree, ratio: jax.Array, needed: jax.Array) -> tuple[Tree, jax.Array]:
+            """d = R^T a + outside / damping, with `outside` orthogonal to the rows.
+
+            Two passes take the rows out of it: what one leaves by rounding would be divided by the
+            damping alone. What the whole leaves of g is solved for once more. One product and one
+            transposed product a step, on raveled vectors: the loop rarely runs, and compiles fast.
+            """
+            flat = _trees.ravel(g)
+            start = _Split(
+                phase=jnp.where(needed, 0, 4),
+                repeated=jnp.asarray(False),
+                g=flat,
+                outside=flat,
+                inside=jnp.zeros((gram.shape[0],), here.dtype),
+                d=jnp.where(needed, 0, _trees.ravel(d)),
+                ratio=ratio,
             )
+            end = jax.lax.while_loop(lambda s: s.phase < 4, split_step, start)
+            return _trees.unravel(end.d, here.params), end.ratio
 
         def solve(g: Tree, state: tuple[()]) -> tuple[Tree, tuple[()], Report]:
-            d, outcome = jax.lax.cond(factor.eigen_taken, by_eigen, by_cholesky, g)
+            y = rows.product(g)
+            w = damped_solve(y)
+            d = _trees.add_scaled(rows.transposed_product(-inverse * w), inverse, g)
+            # The residual is R^T r / damping for the sample-space residual r.
+            r, g_norm = left(y, w), norm(g)
+            spread = jnp.sqrt(jnp.maximum(jnp.dot(r, _symmetric.matvec(gram, r)), 0))
+            ratio = inverse * spread / jnp.where(g_norm > 0, g_norm, 1)
+            # What the subtraction may have lost, against what is left.
+            lost = eps * (g_norm + jnp.sqrt(size) * jnp.linalg.norm(w))
+            needed = factor.eigen_taken | (lost > _LOST * damping * norm(d))
+
+            d, ratio = split(g, d, ratio, needed)
+            # R d = w, so the part of d in the row space is R^T (R R^T)^+ w.
+            inside = jnp.dot(w, in_range(w))
+            share = _solver.outside_share(inside, _trees.vdot(d, d, here.dtype))
+            outcome = _solver.report(
+                relative_residual=ratio,
+                outside_row_space=share,
+                eigen_taken=factor.eigen_taken,
+            )
             return d, state, outcome
 
         return solve, state

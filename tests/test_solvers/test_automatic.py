@@ -269,12 +269,6 @@ def test_the_choice_follows_parameters_and_rows(monkeypatch, columns, rows, expe
     assert chosen(METRIC, jnp.zeros(columns), jnp.zeros((rows, columns))) == expected
 
 
-def test_rows_that_do_not_fit_are_left_to_conjugate_gradients(monkeypatch):
-    monkeypatch.setattr(automatic, "MAX_DENSE", 1)
-    monkeypatch.setattr(automatic, "MAX_ROW_SCALARS", 11)
-    assert chosen(METRIC, jnp.zeros(4), jnp.zeros((3, 4))) == "cg"
-
-
 def test_the_choice_counts_output_columns_or_samples_as_rows():
     params, batch = jnp.zeros((2, 3)), jnp.zeros((2, 2))
     linear = lambda w, x: x @ w

@@ -1,0 +1,235 @@
+"""A report on how the rows of every parameter are held, and what their Gram matrix costs."""
+
+import html
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+from natgrad_jax import _boundary
+from natgrad_jax import _trees
+from natgrad_jax.jacobian import assemble
+from natgrad_jax.jacobian import engine
+from natgrad_jax.jacobian import factored
+from natgrad_jax.jacobian.factored import Factor
+from natgrad_jax.jacobian.factored import Part
+from natgrad_jax.metrics import Metric
+
+Tree = Any
+
+
+class LeafReport(NamedTuple):
+    """How the rows of one parameter are held.
+
+    Attributes:
+      path: of the parameter.
+      shape: of the parameter.
+      form: "factored", "look-up", "rows" (entered elementwise: rows are cotangents), "dense" or
+        "none" (no output depends on it).
+      uses: number of linear uses found.
+      positions: positions T at which one example uses it.
+      reason: why it is dense; empty otherwise.
+      bytes: memory of what is held.
+      operations: multiplications of its share of the Gram matrix.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    form: str
+    uses: int
+    positions: int
+    reason: str
+    bytes: int
+    operations: int
+
+
+class Explanation(NamedTuple):
+    """What :func:`explain` returns; prints as a table.
+
+    Attributes:
+      leaves: one report for each parameter, in tree order.
+      rows: M, the rows of R.
+      parameters: P.
+      mode: "examples": examples were shown to be independent; "vouched": the user said so;
+        "whole": rows come from the whole batch.
+      reason: why the mode is "whole" although the batch holds examples; empty otherwise.
+    """
+
+    leaves: tuple[LeafReport, ...]
+    rows: int
+    parameters: int
+    mode: str
+    reason: str
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all that is held."""
+        return sum(leaf.bytes for leaf in self.leaves)
+
+    @property
+    def operations(self) -> int:
+        """Multiplications of the Gram matrix."""
+        return sum(leaf.operations for leaf in self.leaves)
+
+    def _table(self) -> list[list[str]]:
+        head = ["parameter", "shape", "form", "uses", "positions", "memory", "Gram", "why dense"]
+        lines = [
+            [
+                leaf.path,
+                "x".join(map(str, leaf.shape)) or "scalar",
+                leaf.form,
+                str(leaf.uses),
+                str(leaf.positions),
+                _short(leaf.bytes, "B"),
+                _short(leaf.operations, ""),
+                leaf.reason,
+            ]
+            for leaf in self.leaves
+        ]
+        total = ["total", str(self.parameters), "", "", "", _short(self.bytes, "B")]
+        return [head, *lines, [*total, _short(self.operations, ""), ""]]
+
+    def _summary(self) -> str:
+        how = {
+            "examples": "examples are independent (shown): one pass over the batch gives all rows",
+            "vouched": "examples are independent (vouched for)",
+            "whole": "rows come from the whole batch, a backward pass for each",
+        }[self.mode]
+        why = f": {self.reason}" if self.reason else ""
+        return f"{self.rows} rows, {self.parameters} parameters; {how}{why}"
+
+    def __str__(self) -> str:
+        table = self._table()
+        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in table]
+        return "\n".join([self._summary(), *(line.rstrip() for line in lines)])
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        cell = lambda tag, text: f"<{tag} style='text-align:left'>{html.escape(text)}</{tag}>"
+        head, *lines = self._table()
+        rows = ["".join(cell("th", c) for c in head)]
+        rows += ["".join(cell("td", c) for c in line) for line in lines]
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        return f"<p>{html.escape(self._summary())}</p><table>{body}</table>"
+
+
+def explain(metric: Metric, params: Tree, batch: Tree) -> Explanation:
+    r"""Tells how the rows of every parameter are held, and why where they are dense.
+
+    A parameter that enters linearly has rows in factored form,
+    :math:`\sum_t a_{nt} \otimes g_{nt}`, from one forward and one backward pass; what does not is
+    held as M x P_l dense rows.
+
+    Args:
+      metric: a metric that has rows.
+      params: parameters, a pytree of real arrays with P numbers.
+      batch: pytree of arrays, as the metric's model takes it. Only shapes are used.
+
+    Returns:
+      An :class:`Explanation`: one line for each parameter, and a total; it prints as a table.
+
+    Raises:
+      ValueError: the metric has no rows.
+
+    Examples:
+      >>> import jax.numpy as jnp, natgrad_jax as ng
+      >>> metric = ng.gauss_newton(lambda p, x: jnp.tanh(x @ p["w"]) + jnp.outer(x[:, 0], p["b"]))
+      >>> params = {"b": jnp.ones(3), "w": jnp.ones((2, 3))}
+      >>> report = ng.explain(metric, params, jnp.ones((5, 2)))
+      >>> [(leaf.path, leaf.form, leaf.positions) for leaf in report.leaves]
+      [("['b']", 'rows', 1), ("['w']", 'factored', 1)]
+      >>> report.mode
+      'examples'
+    """
+    _boundary.check_metric("explain", metric)
+    _boundary.check_params("explain", params)
+    _boundary.check_batch("explain", batch)
+    if metric.output_metric is None or metric.outputs is None or metric.groups is None:
+        raise ValueError(f"explain: the metric {metric.name} has no rows")
+    groups, dtype = metric.groups(batch), _trees.work_dtype(params)
+    made: list[engine.Plan] = []
+    places: list[Factor] = []
+
+    def rows(params: Tree, batch: Tree) -> list[tuple[Part | None, ...]]:
+        key = jax.random.key(0) if metric.needs_key else None
+        outputs = metric.output_metric(metric.outputs(params, batch), batch, key)
+        model = engine.flatten(metric.name, metric.outputs, params, batch, groups)
+        made[:] = [engine.plan(model, outputs.coefficients, metric.independent)]
+        places[:] = engine.factors_of(model, made[0], outputs, dtype)
+        return [factor.parts for factor in places]
+
+    shapes = jax.eval_shape(rows, params, batch)
+    factors = [Factor(f.place, parts) for f, parts in zip(places, shapes, strict=True)]
+    reports = [
+        _leaf(jax.tree_util.keystr(path), i, leaf.shape, factors, made[0])
+        for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params))
+    ]
+    count = sum(group.examples * group.columns for group in made[0].rows)
+    return Explanation(
+        tuple(reports), count, _trees.size(params), made[0].mode, made[0].reason or ""
+    )
+
+
+def _leaf(
+    path: str, index: int, shape: tuple[int, ...], factors: list[Factor], made: engine.Plan
+) -> LeafReport:
+    own = [factor for factor in factors if factor.place.leaf == index]
+    parts = [part for factor in own for part in factor.parts if part is not None]
+    sites = [
+        site
+        for reading in made.readings
+        if reading is not None
+        for site in reading.sites
+        if index in reading.sources[site.view.root]
+    ]
+    operations = sum(_gram_operations(factor) for factor in own)
+    held = sum(_bytes(x) for part in parts for x in part if x is not None)
+    positions = max((part.positions for part in parts), default=0)
+    form, reason = _form(index, own, made)
+    return LeafReport(path, shape, form, len(sites), positions, reason, held, operations)
+
+
+def _form(index: int, own: list[Factor], made: engine.Plan) -> tuple[str, str]:
+    if not own:
+        return "none", ""
+    for reading in made.readings:
+        if reading is None:
+            return "dense", "the model could not be read"
+        if index in reading.opaque:
+            return "dense", reading.opaque[index]
+        sites = [s for s in reading.sites if index in reading.sources[s.view.root]]
+        if any(site.view.root in reading.derived for site in sites):
+            return "dense", "something computed from it is used"
+        shapes = {i: leaf.shape for i, leaf in enumerate(reading.leaves)}
+        places = [assemble.place_of(site, shapes[site.view.root]) for site in sites]
+        if assemble.groups_of_places(places) is None:
+            return "dense", "its uses overlap in part"
+    parts = [part for factor in own for part in factor.parts if part is not None]
+    if any(part.looks_up for part in parts):
+        return "look-up", ""
+    return ("rows", "") if all(part.left is None for part in parts) else ("factored", "")
+
+
+def _gram_operations(factor: Factor) -> int:
+    parts = [part for part in factor.parts if part is not None]
+    return sum(
+        min(factored.gram_cost(factor.place, one, two))
+        for i, one in enumerate(parts)
+        for two in parts[i:]
+    )
+
+
+def _bytes(x: Any) -> int:
+    return math.prod(x.shape) * x.dtype.itemsize
+
+
+def _short(number: int, unit: str) -> str:
+    value = float(number)
+    for prefix in ("", "k", "M", "G"):
+        if value < 1000:
+            return f"{value:.3g} {prefix}{unit}".strip()
+        value /= 1000
+    return f"{value:.3g} T{unit}"

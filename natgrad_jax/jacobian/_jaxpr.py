@@ -1,0 +1,219 @@
+"""The one file that reads jaxprs. It asks for features, not versions.
+
+Everything else sees a :class:`Program`: inputs, constants, live equations and outputs. What JAX
+keeps inside an equation is asked for by name. A name that is missing raises
+:class:`UnreadableError`: rows then become dense, with a warning that names the primitive.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core
+
+Tree = Any
+
+
+class UnreadableError(Exception):
+    """An equation whose form this reader does not know."""
+
+    def __init__(self, primitive: str, what: str) -> None:
+        super().__init__(f"the primitive {primitive!r} {what}")
+        self.primitive = primitive
+
+
+class Program(NamedTuple):
+    """A jaxpr with its constants and without the equations that no output needs.
+
+    Attributes:
+      inputs: variables.
+      constants: pairs (variable, value).
+      equations: in order of evaluation.
+      outputs: variables or literals.
+    """
+
+    inputs: list[Any]
+    constants: list[tuple[Any, Any]]
+    equations: list[Any]
+    outputs: list[Any]
+
+
+class Loop(NamedTuple):
+    """A `scan`: operands are constants, then carries, then arrays that are scanned over."""
+
+    body: Program
+    num_constants: int
+    num_carries: int
+    length: int
+    reverse: bool
+
+
+#: Calls that mean nothing but their body.
+_TRANSPARENT = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
+#: Calls whose derivative is not that of their body.
+CUSTOM = {
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+}
+
+
+def trace(function: Callable[..., Tree], *args: Tree) -> tuple[Program, Tree]:
+    """The program of a function at these arguments, and the shapes of what it returns."""
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    return program(closed), shapes
+
+
+def program(jaxpr: Any) -> Program:
+    """Reads a jaxpr, open or closed."""
+    constants = list(getattr(jaxpr, "consts", ()))
+    inner = getattr(jaxpr, "jaxpr", jaxpr)  # since jax 0.11 a closed jaxpr is its own `jaxpr`
+    needed = {v for v in inner.outvars if not is_literal(v)}
+    live: list[Any] = []
+    for equation in reversed(inner.eqns):
+        if equation.effects or any(v in needed for v in equation.outvars):
+            live.append(equation)
+            needed.update(v for v in equation.invars if not is_literal(v))
+    pairs = list(zip(inner.constvars, constants, strict=True))
+    return Program(list(inner.invars), pairs, live[::-1], list(inner.outvars))
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an operand is a constant written into the equation."""
+    return isinstance(atom, core.Literal)
+
+
+def name(equation: Any) -> str:
+    """The name of an equation's primitive."""
+    return equation.primitive.name
+
+
+def parameter(equation: Any, key: str) -> Any:
+    """A parameter of an equation; UnreadableError where it has another name today."""
+    if key not in equation.params:
+        raise UnreadableError(name(equation), f"has no parameter {key!r} in this version of JAX")
+    return equation.params[key]
+
+
+def shapes_in(equation: Any) -> list[tuple[int, ...]]:
+    """Shapes of the operands."""
+    return [tuple(v.aval.shape) for v in equation.invars]
+
+
+def shapes_out(equation: Any) -> list[tuple[int, ...]]:
+    """Shapes of the results."""
+    return [tuple(v.aval.shape) for v in equation.outvars]
+
+
+def call_body(equation: Any) -> Program | None:
+    """The body of a call that means nothing but its body; None for other equations."""
+    if name(equation) not in _TRANSPARENT:
+        return None
+    key = "call_jaxpr" if "call_jaxpr" in equation.params else "jaxpr"
+    return program(parameter(equation, key))
+
+
+def custom_body(equation: Any) -> Program:
+    """What a call with its own derivative computes."""
+    return program(parameter(equation, CUSTOM[name(equation)]))
+
+
+def branches(equation: Any) -> list[Program]:
+    """The branches of a `cond`."""
+    return [program(branch) for branch in parameter(equation, "branches")]
+
+
+def loop(equation: Any) -> Loop:
+    """Reads a `scan`."""
+    if "ft_in" in equation.params:  # since jax 0.11
+        constants, carries, _ = equation.params["ft_in"].unpack()
+        counts = len(constants), len(carries)
+    else:
+        counts = parameter(equation, "num_consts"), parameter(equation, "num_carry")
+    body = program(parameter(equation, "jaxpr"))
+    length, reverse = parameter(equation, "length"), parameter(equation, "reverse")
+    return Loop(body, *counts, length, reverse)
+
+
+def hoisted(this: Loop) -> tuple[Program, Loop]:
+    """Takes out of a scan what does not change from pass to pass.
+
+    Returns:
+      A program of the loop's constants, and the loop whose body has its outputs as further
+      constants.
+    """
+    body, first = this.body, this.num_constants
+    still = set(body.inputs[:first]) | {v for v, _ in body.constants}
+    out: list[Any] = []
+    for equation in body.equations:
+        operands = [v for v in equation.invars if not is_literal(v)]
+        if operands and not equation.effects and all(v in still for v in operands):
+            out.append(equation)
+            still.update(equation.outvars)
+    taken = {id(equation) for equation in out}
+    rest = [equation for equation in body.equations if id(equation) not in taken]
+    used = {v for e in rest for v in e.invars if not is_literal(v)}
+    used.update(v for v in body.outputs if not is_literal(v))
+    results = [v for equation in out for v in equation.outvars if v in used]
+    fixed = Program(body.inputs[:first], body.constants, out, results)
+    inputs = [*body.inputs[:first], *results, *body.inputs[first:]]
+    moved = this._replace(
+        body=Program(inputs, body.constants, rest, body.outputs),
+        num_constants=first + len(results),
+    )
+    return fixed, moved
+
+
+def while_parts(equation: Any) -> tuple[Program, int, Program, int]:
+    """Condition and body of a `while`, each with its number of constants."""
+    return (
+        program(parameter(equation, "cond_jaxpr")),
+        parameter(equation, "cond_nconsts"),
+        program(parameter(equation, "body_jaxpr")),
+        parameter(equation, "body_nconsts"),
+    )
+
+
+def bind(equation: Any, *operands: jax.Array) -> list[jax.Array]:
+    """Evaluates an equation at other operands."""
+    bound = equation.primitive.get_bind_params(equation.params)
+    # A dict since jax 0.9.2, functions apart from parameters before.
+    functions, params = ((), bound) if isinstance(bound, dict) else bound
+    results = equation.primitive.bind(*functions, *operands, **params)
+    return list(results) if equation.primitive.multiple_results else [results]
+
+
+def evaluate(this: Program, operands: list[Any]) -> list[Any]:
+    """Evaluates a whole program."""
+    values: dict[Any, Any] = dict(this.constants)
+    values.update(zip(this.inputs, operands, strict=True))
+    read = lambda v: v.val if is_literal(v) else values[v]
+    for equation in this.equations:
+        results = bind(equation, *map(read, equation.invars))
+        values.update(zip(equation.outvars, results, strict=True))
+    return list(map(read, this.outputs))
+
+
+def inner_programs(equation: Any) -> list[Program]:
+    """Every program among an equation's parameters."""
+    found = []
+    for value in equation.params.values():
+        candidates = value if isinstance(value, tuple | list) else [value]
+        found += [program(c) for c in candidates if hasattr(c, "eqns")]
+    return found
+
+
+def has_forward_mode(function: Callable[..., Tree], *args: Tree) -> bool:
+    """Whether a function has no `custom_vjp` at any depth.
+
+    Such a function passes `jvp` and `linearize`; what they give fails only where it is compiled.
+    """
+    return not _mentions_custom_vjp(trace(function, *args)[0])
+
+
+def _mentions_custom_vjp(this: Program) -> bool:
+    return any(
+        name(equation).startswith("custom_vjp")
+        or any(map(_mentions_custom_vjp, inner_programs(equation)))
+        for equation in this.equations
+    )

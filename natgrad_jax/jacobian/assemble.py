@@ -1,0 +1,183 @@
+"""Gathers the uses of each parameter into factors that do not overlap."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax.jacobian import factored
+from natgrad_jax.jacobian import view as views
+from natgrad_jax.jacobian.factored import Factor
+from natgrad_jax.jacobian.factored import Part
+from natgrad_jax.jacobian.factored import Place
+from natgrad_jax.jacobian.tape import Site
+from natgrad_jax.jacobian.view import Pieces
+
+Placed = tuple[Place, int, Part]
+
+
+def place_of(site: Site, shape: tuple[int, ...]) -> Place:
+    """Which entries of its root a site covers, pieces in a fixed order."""
+    scanned = [pieces for _, pieces in site.view.scanned]
+    b = [piece for pieces in scanned for piece in pieces] + list(site.use.b)
+    order = lambda pieces: views.merged(tuple(sorted((p for p in pieces if p[1]), key=_slow_first)))
+    parts = [order(b), order(site.use.p), order(site.use.q)]
+    if site.use.left is None:
+        parts = [(), (), order([*b, *site.use.q])]
+    return Place(site.view.root, shape, site.view.offset, *parts)
+
+
+def _slow_first(piece: tuple[int, int]) -> int:
+    return -piece[1]
+
+
+def part_of(site: Site, record: Any, cotangent: jax.Array, dtype: jnp.dtype) -> Part:
+    """The arrays of a site, laid out as its place says. `cotangent` has columns in front."""
+    use, depth = site.use, len(site.loops)
+    left, right = use.left, use.right
+    for _ in range(depth):
+        left = None if left is None else jax.vmap(left)
+        right = jax.vmap(right)
+    columns = jax.vmap(right, in_axes=(None, 0))(record, cotangent)
+    scanned = [piece for _, pieces in site.view.scanned for piece in pieces]
+    b = (*scanned, *use.b)
+    gathered = _loops_inside(columns, 1, site.loops)  # (C, N, B, T, q)
+    rows = _sorted(jnp.moveaxis(gathered, 0, 1).astype(dtype), use.q, 4)
+    if left is None:
+        rows = jnp.sum(rows, axis=3)  # (N, C, B, q)
+        flat = rows.reshape(*rows.shape[:2], -1)
+        q = (*(p for p in b if p[1]), *views.merged(_ordered(use.q)))
+        return Part(None, _sorted(flat, q, 2)[:, :, None, None, :])
+    inputs = left(record)
+    if not jnp.issubdtype(inputs.dtype, jnp.floating):
+        index = _loops_inside(inputs[..., None], 0, site.loops)[..., 0][:, None]
+        return Part(_sorted(index, b, 2), _sorted(rows, b, 2))
+    inputs = _loops_inside(inputs.astype(dtype), 0, site.loops)[:, None]
+    return Part(_sorted(_sorted(inputs, use.p, 4), b, 2), _sorted(rows, b, 2))
+
+
+def _ordered(pieces: Pieces) -> Pieces:
+    return tuple(sorted((p for p in pieces if p[1]), key=_slow_first))
+
+
+def _loops_inside(x: jax.Array, lead: int, loops: tuple[bool, ...]) -> jax.Array:
+    """Moves axes of scans, after `lead` others, into copies B or positions T: (..., N, B, T, x)."""
+    if not loops:
+        return x
+    over = [lead + i for i, flag in enumerate(loops) if flag]
+    along = [lead + i for i, flag in enumerate(loops) if not flag]
+    n, b, t, last = range(lead + len(loops), x.ndim)
+    moved = x.transpose(*range(lead), n, *over, b, *along, t, last)
+    copies = math.prod(x.shape[i] for i in (*over, b))
+    positions = math.prod(x.shape[i] for i in (*along, t))
+    return moved.reshape(*x.shape[:lead], x.shape[n], copies, positions, x.shape[last])
+
+
+def _sorted(x: jax.Array, pieces: Pieces, axis: int) -> jax.Array:
+    """Brings the pieces along an axis into descending strides, broadcast ones summed."""
+    if views.merged(pieces) == views.merged(_ordered(pieces)):
+        return x
+    split = x.reshape(*x.shape[:axis], *(n for n, _ in pieces), *x.shape[axis + 1 :])
+    summed = [axis + i for i, (_, stride) in enumerate(pieces) if not stride]
+    split = jnp.sum(split, axis=tuple(summed))
+    kept = [p for p in pieces if p[1]]
+    order = sorted(range(len(kept)), key=lambda i: -kept[i][1])
+    axes = [
+        *range(axis),
+        *(axis + i for i in order),
+        *range(axis + len(kept), split.ndim),
+    ]
+    return split.transpose(axes).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+
+
+def factors_of(placed: list[Placed], groups: int) -> list[Factor]:
+    """Joins parts of one place along positions; overlapping places of a root become rows."""
+    factors: list[Factor] = []
+    for root in dict.fromkeys(place.leaf for place, _, _ in placed):
+        own = [entry for entry in placed if entry[0].leaf == root]
+        factors += _of_one_root(own, groups)
+    return factors
+
+
+def aligned(place: Place, other: Place) -> bool:
+    """Whether two places are the same up to the order of left and right."""
+    fixed = (place.offset, place.b) == (other.offset, other.b)
+    return fixed and {(place.p, place.q), (place.q, place.p)} >= {(other.p, other.q)}
+
+
+def apart(place: Place, other: Place) -> bool:
+    """Whether two places of one leaf are known to share no entry."""
+    windows = [views.window(x.shape, x.offset, x.b + x.p + x.q) for x in (place, other)]
+    if windows[0] is None or windows[1] is None:
+        return False
+    for (a, b, s), (c, d, t) in zip(*windows, strict=True):
+        if b <= c or d <= a or (s == t and (a - c) % s):
+            return True
+    return False
+
+
+def groups_of_places(places: list[Place]) -> list[list[int]] | None:
+    """Indices of places that coincide; None when some overlap otherwise."""
+    sets: list[list[int]] = []
+    for i, place in enumerate(places):
+        same = [s for s in sets if aligned(places[s[0]], place)]
+        if same:
+            same[0].append(i)
+        elif all(apart(places[s[0]], place) for s in sets):
+            sets.append([i])
+        else:
+            return None
+    return sets
+
+
+def _of_one_root(own: list[Placed], groups: int) -> list[Factor]:
+    sets = groups_of_places([place for place, _, _ in own])
+    if sets is None:
+        place = own[0][0]
+        total: list[Part | None] = [None] * groups
+        for at, group, part in own:
+            rows = factored.rows(at, part)[:, :, None, None, :]
+            before = total[group]
+            total[group] = Part(None, rows if before is None else before.right + rows)
+        return [Factor(dense_place(place.leaf, place.shape), tuple(total))]
+    factors = []
+    for indices in sets:
+        place = own[indices[0]][0]
+        parts: list[Part | None] = [None] * groups
+        for group in range(groups):
+            same = [_oriented(own[i], place) for i in indices if own[i][1] == group]
+            parts[group] = _along_positions(place, same) if same else None
+        factors.append(Factor(place, tuple(parts)))
+    return factors
+
+
+def dense_place(leaf: int, shape: tuple[int, ...]) -> Place:
+    """The place of plain rows."""
+    return Place(leaf, shape, 0, (), (), views.merged(((math.prod(shape), 1),)))
+
+
+def _oriented(entry: Placed, target: Place) -> Part:
+    """The part with left and right as in `target`."""
+    place, _, part = entry
+    if (place.p, place.q) == (target.p, target.q):
+        return part
+    return Part(part.right, factored.explicit(part, place.sizes[1]))
+
+
+def _along_positions(place: Place, parts: list[Part]) -> Part:
+    if len(parts) == 1:
+        return parts[0]
+    if all(part.left is None for part in parts):
+        return Part(None, sum((part.right for part in parts[1:]), parts[0].right))
+    if all(part.looks_up for part in parts):
+        left = jnp.concatenate([part.left for part in parts], axis=3)
+    else:
+        left = _stacked([factored.explicit(part, place.sizes[1]) for part in parts])
+    return Part(left, _stacked([part.right for part in parts]))
+
+
+def _stacked(arrays: list[jax.Array]) -> jax.Array:
+    columns = max(x.shape[1] for x in arrays)
+    wide = [jnp.broadcast_to(x, (x.shape[0], columns, *x.shape[2:])) for x in arrays]
+    return jnp.concatenate(wide, axis=3)

@@ -1,0 +1,90 @@
+"""Whether a model does to one example what it does to it within a batch.
+
+Labels show that examples do not mix. A model may still know the size of its batch (a loss divided
+by N) or hold something for each place in it (a dropout mask, a counter): evaluated on one example
+alone it would be another function. Two traces at other sizes show it.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from natgrad_jax.jacobian import _jaxpr
+from natgrad_jax.jacobian import axis_rules
+
+
+def is_free(model: Any) -> bool:
+    """Whether the model neither knows the size of its batch nor places within it."""
+    if len(model.groups) > 1:
+        return False
+    try:
+        two, three = _traced(model, 2), _traced(model, 3)
+    except (TypeError, ValueError):
+        return False  # the model accepts batches of its own size alone
+    n = len(model.params)
+    fixed = [False] * n + [axis is not None for axis in model.groups[0].axes]
+    return _alike(two, three, fixed) is not None
+
+
+def _traced(model: Any, size: int) -> _jaxpr.Program:
+    axes = model.groups[0].axes
+    batch = []
+    for x, axis in zip(model.batch, axes, strict=True):
+        shape = list(x.shape)
+        if axis is not None:
+            shape[axis] = size
+        batch.append(jax.ShapeDtypeStruct(tuple(shape), x.dtype))
+    return _jaxpr.trace(model.function, model.params, batch)[0]
+
+
+def _alike(one: _jaxpr.Program, two: _jaxpr.Program, depends: list[bool]) -> list[bool] | None:
+    """Which outputs depend on the batch, where two programs differ in sizes alone; else None."""
+    if len(one.equations) != len(two.equations):
+        return None
+    state: dict[Any, bool] = dict(zip(one.inputs, depends, strict=True))
+    for (_, a), (_, b) in zip(one.constants, two.constants, strict=True):
+        if not _same(a, b):
+            return None
+    read = lambda v: False if _jaxpr.is_literal(v) else state.get(v, False)
+    for first, second in zip(one.equations, two.equations, strict=True):
+        results = _equations_alike(first, second, [read(v) for v in first.invars])
+        if results is None:
+            return None
+        state.update(zip(first.outvars, results, strict=True))
+    for a, b in zip(one.outputs, two.outputs, strict=True):
+        if _jaxpr.is_literal(a) != _jaxpr.is_literal(b):
+            return None
+    return [read(v) for v in one.outputs]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+        return jnp.shape(a) == jnp.shape(b)
+    return np.shape(a) == np.shape(b) and bool(np.all(np.asarray(a) == np.asarray(b)))
+
+
+def _equations_alike(first: Any, second: Any, depends: list[bool]) -> list[bool] | None:
+    name = _jaxpr.name(first)
+    if name != _jaxpr.name(second) or len(first.invars) != len(second.invars):
+        return None
+    for a, b in zip(first.invars, second.invars, strict=True):
+        if _jaxpr.is_literal(a) != _jaxpr.is_literal(b):
+            return None
+        if _jaxpr.is_literal(a) and not _same(a.val, b.val):
+            return None
+    body = _jaxpr.call_body(first)
+    if body is not None:
+        other = _jaxpr.call_body(second)
+        assert other is not None
+        return _alike(body, other, depends)
+    for a, b in zip(_jaxpr.inner_programs(first), _jaxpr.inner_programs(second), strict=True):
+        if _alike(a, b, [True] * len(a.inputs)) is None:
+            return None
+    result = any(depends)
+    # Something with an entry for each place in the batch; the same everywhere is harmless.
+    spreads = name == "broadcast_in_dim" or name in axis_rules.ELEMENTWISE
+    if not (result or spreads) and _jaxpr.shapes_out(first) != _jaxpr.shapes_out(second):
+        return None
+    return [result] * len(first.outvars)

@@ -1,0 +1,185 @@
+"""Uses of parameters within `scan`: probes are scanned over, what enters is stacked."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax.jacobian import _jaxpr
+from natgrad_jax.jacobian import example_axis
+from natgrad_jax.jacobian import view as views
+from natgrad_jax.jacobian.example_axis import Axis
+from natgrad_jax.jacobian.example_axis import Label
+from natgrad_jax.jacobian.tape import Tape
+from natgrad_jax.jacobian.tape import Value
+from natgrad_jax.jacobian.tape import arrays_of
+from natgrad_jax.jacobian.tape import attach
+from natgrad_jax.jacobian.uses import MisfitError
+
+#: Scans whose body cannot be read as it stands are written out up to this length.
+MAX_UNROLLED = 64
+
+
+#: (program, values, tape) -> values: evaluates a program, writing uses on the tape.
+Read = Callable[[_jaxpr.Program, list[Value], Tape], list[Value]]
+
+
+def scan(equation: Any, operands: list[Value], tape: Tape, read: Read) -> list[Value]:
+    """A scan over a body that uses parameters: sites of all its passes, stacked."""
+    loop = _Scan(_jaxpr.loop(equation), operands, tape, read)
+    found = loop.survey()
+    if set(found.failed) - set(tape.failed) and loop.parts.length <= MAX_UNROLLED:
+        return loop.unrolled()
+    return loop.run(found)
+
+
+class _Scan:
+    """One scan equation at its operands."""
+
+    def __init__(self, parts: _jaxpr.Loop, operands: list[Value], tape: Tape, read: Read) -> None:
+        fixed, parts = _jaxpr.hoisted(parts)
+        constants = operands[: parts.num_constants - len(fixed.outputs)]
+        moved = read(fixed, constants, tape)
+        operands = [*constants, *moved, *operands[len(constants) :]]
+        self.parts, self.tape, self.read = parts, tape, read
+        first, last = parts.num_constants, parts.num_constants + parts.num_carries
+        outputs = parts.body.outputs
+        # What a body carries unchanged is a constant.
+        self.still = [parts.body.inputs[first + k] is outputs[k] for k in range(parts.num_carries)]
+        labels, _ = example_axis.scan_labels(parts, [v.label for v in operands])
+        self.constants, self.scanned = operands[:first], operands[last:]
+        self.rest = labels[first:last]
+        self.carries = [
+            v if still or v.view is None else self._entering(v, label)
+            for v, still, label in zip(operands[first:last], self.still, self.rest, strict=True)
+        ]
+
+    def _entering(self, value: Value, label: Label) -> Value:
+        """A carry that starts as a function of parameters alone."""
+        try:
+            if not isinstance(label, Axis):
+                raise MisfitError("carried through a scan")
+            return attach(value, label, self.tape)
+        except MisfitError as misfit:
+            self.tape.fail(value.view, str(misfit))
+            return value._replace(view=None)
+
+    def _moving(self) -> list[int]:
+        return [k for k, still in enumerate(self.still) if not still]
+
+    def body(self, tape: Tape, carried: list[jax.Array], slices: list[jax.Array]) -> list[Value]:
+        """One pass; `carried` are the carries that move."""
+        moving = dict(zip(self._moving(), carried, strict=True))
+        carries = [
+            Value(moving[k], self.rest[k]) if k in moving else v for k, v in enumerate(self.carries)
+        ]
+        scanned = [
+            Value(
+                x,
+                example_axis.unstacked(v.label),
+                None if v.view is None else views.scanned_over(v.view, tape.depth),
+            )
+            for x, v in zip(slices, self.scanned, strict=True)
+        ]
+        results = self.read(self.parts.body, [*self.constants, *carries, *scanned], tape)
+        return [
+            self._leaving(v, k, tape) if v.view is not None and not self._is_still(k) else v
+            for k, v in enumerate(results)
+        ]
+
+    def _is_still(self, k: int) -> bool:
+        return k < len(self.still) and self.still[k]
+
+    def _leaving(self, value: Value, k: int, tape: Tape) -> Value:
+        """A result of the body that is a function of parameters alone."""
+        label = self.rest[k] if k < len(self.rest) else None
+        try:
+            if not isinstance(label, Axis):
+                raise MisfitError("leaves a scan")
+            return attach(value, label, tape)
+        except MisfitError as misfit:
+            tape.fail(value.view, str(misfit))
+            return value._replace(view=None)
+
+    def survey(self) -> Tape:
+        """The sites of one pass."""
+        tape = self.tape.child(None)
+        shapes = [jax.ShapeDtypeStruct(v.array.shape[1:], v.array.dtype) for v in self.scanned]
+        start = [self.carries[k].array for k in self._moving()]
+        arrays = lambda c, x: arrays_of(self.body(tape, c, x))
+        jax.eval_shape(arrays, start, shapes)
+        return tape
+
+    def run(self, found: Tape) -> list[Value]:
+        """Evaluates the scan, probes scanned over with everything else."""
+        length, outer = self.parts.length, self.tape
+        outer.failed.update({k: v for k, v in found.failed.items() if k not in outer.failed})
+        for site in found.sites:
+            flag = any(depth == found.depth for depth, _ in site.view.scanned)
+            shape = (length, *site.shape)
+            outer.sites.append(site._replace(shape=shape, loops=(flag, *site.loops)))
+        probes = None
+        if outer.probes is not None:
+            probes = [next(outer.probes) for _ in found.sites]
+        moving = self._moving()
+        labels: list[Label] = []
+
+        def step(carried: Any, slices: Any) -> Any:
+            xs, drops = slices
+            tape = outer.child(drops)
+            results = self.body(tape, carried, xs)
+            labels[:] = [v.label for v in results]
+            ends = [results[k].array for k in moving]
+            return ends, (arrays_of(results[len(self.still) :]), tape.records)
+
+        ends, (stacked, records) = jax.lax.scan(
+            step,
+            [self.carries[k].array for k in moving],
+            (arrays_of(self.scanned), probes),
+            length=length,
+            reverse=self.parts.reverse,
+        )
+        outer.records += records
+        carried = list(self.carries)
+        for k, array in zip(moving, ends, strict=True):
+            carried[k] = Value(array, self.rest[k])
+        return carried + [
+            Value(a, example_axis.stacked(label))
+            for a, label in zip(stacked, labels[len(self.still) :], strict=True)
+        ]
+
+    def unrolled(self) -> list[Value]:
+        """The same, written out pass by pass, where counters are known numbers."""
+        order = range(self.parts.length)
+        # What starts the same for all examples, zeros say, belongs to them from the start.
+        carries = [
+            v if v.view is not None or not isinstance(label, Axis) else v._replace(label=label)
+            for v, label in zip(self.carries, self.rest, strict=True)
+        ]
+        rows = {}
+        for t in reversed(order) if self.parts.reverse else order:
+            scanned = [self._slice(v, t) for v in self.scanned]
+            results = self.read(self.parts.body, [*self.constants, *carries, *scanned], self.tape)
+            carries = results[: len(carries)]
+            rows[t] = results[len(carries) :]
+        stacked = []
+        for column in zip(*(rows[t] for t in order), strict=True):
+            array = jnp.stack(arrays_of(list(column)))
+            held = [v for v in column if v.view is not None]
+            label = example_axis.stacked(example_axis.join("scan", [v.label for v in column]))
+            if held and label is not None:
+                for v in held:
+                    self.tape.fail(v.view, "leaves a scan")
+                held = []
+            view = self.tape.derive(held, array) if held else None
+            stacked.append(Value(array, label, view))
+        return carries + stacked
+
+    def _slice(self, value: Value, t: int) -> Value:
+        view = value.view
+        if view is not None:
+            row = views.window_at(view, t)
+            view = self.tape.derive([value], value.array[t]) if row is None else row
+        known = None if value.known is None else value.known[t]
+        return Value(value.array[t], example_axis.unstacked(value.label), view, known)

@@ -1,0 +1,114 @@
+"""What the reader knows of a value, and what one evaluation of a program writes down."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax.jacobian import uses
+from natgrad_jax.jacobian import view as views
+from natgrad_jax.jacobian.example_axis import Axis
+from natgrad_jax.jacobian.example_axis import Label
+from natgrad_jax.jacobian.uses import MisfitError
+from natgrad_jax.jacobian.uses import Use
+from natgrad_jax.jacobian.view import View
+
+
+class Value(NamedTuple):
+    """What the reader knows of a value.
+
+    Attributes:
+      array: the value itself.
+      label: where its examples lie.
+      view: set when it is computed from parameters alone.
+      known: its entries, where they are integers known now; a masked array for some of them.
+    """
+
+    array: jax.Array
+    label: Label = None
+    view: View | None = None
+    known: Any = None
+
+
+class Site(NamedTuple):
+    """A use and its probe.
+
+    Attributes:
+      use: what it is; `record` is read at evaluation.
+      view: of the parameter.
+      label: where examples lie in the probed value.
+      shape: of the probe, enclosing scans first.
+      dtype: of the probe.
+      loops: for each enclosing scan, outermost first, whether it runs over the parameter.
+    """
+
+    use: Use
+    view: View
+    label: Axis
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    loops: tuple[bool, ...] = ()
+
+
+class Tape:
+    """What one evaluation of a program writes down."""
+
+    def __init__(
+        self, leaves: int, opaque: frozenset[int], probes: list[jax.Array] | None, depth: int = 0
+    ) -> None:
+        self.probes = None if probes is None else iter(probes)
+        self.opaque, self.depth = opaque, depth
+        self.sites: list[Site] = []
+        self.records: list[Any] = []
+        self.failed: dict[int, str] = {}
+        self.sources: dict[int, frozenset[int]] = {i: frozenset([i]) for i in range(leaves)}
+        self.derived: dict[int, jax.Array] = {}
+        self.tangents: set[int] = set()
+        self.linearizing = 0
+
+    def child(self, probes: list[jax.Array] | None) -> "Tape":
+        """The tape of one pass through the body of a scan."""
+        tape = Tape(0, self.opaque, probes, self.depth + 1)
+        tape.sources, tape.tangents = dict(self.sources), set(self.tangents)
+        tape.linearizing = self.linearizing
+        return tape
+
+    def derive(self, operands: list[Value], array: jax.Array) -> View:
+        """A new root: an array computed from parameters alone."""
+        root = len(self.sources)
+        roots = [v.view.root for v in operands if v.view is not None]
+        self.sources[root] = frozenset().union(*(self.sources[r] for r in roots))
+        self.derived[root] = array
+        if self.linearizing:
+            self.tangents.add(root)
+        return views.whole(root, array.shape)
+
+    def fail(self, view: View, reason: str) -> None:
+        """Gives up on the parameters behind a view."""
+        for leaf in self.sources[view.root]:
+            self.failed.setdefault(leaf, reason)
+
+    def probe(self, use: Use, view: View, label: Axis, array: jax.Array) -> jax.Array:
+        """Adds the probe of a new site to an array."""
+        if self.depth and view.root in self.derived:
+            raise MisfitError("computed from parameters within a scan")
+        if view.root in self.tangents:
+            raise MisfitError("enters a derivative after other parameters")
+        self.sites.append(Site(use, view, label, array.shape, array.dtype))
+        self.records.append(use.record)
+        if self.probes is None:
+            return array
+        drop = next(self.probes)
+        return array + (drop if view.scale is None else view.scale.astype(drop.dtype) * drop)
+
+
+def arrays_of(operands: list[Value]) -> list[jax.Array]:
+    """The arrays of values."""
+    return [v.array for v in operands]
+
+
+def attach(value: Value, label: Axis, tape: Tape) -> Value:
+    """Makes a value of parameters alone one of examples, by a probe on it."""
+    assert value.view is not None
+    use = uses.operand("output", value.view, label)
+    return Value(tape.probe(use, value.view, label, value.array), label)

@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-NOTEBOOKS := notebooks/quickstart.ipynb notebooks/fisher_to_natural_gradient.ipynb
+NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 
 # JAX compilation dominates the tests: keep what was compiled. Threaded LAPACK would fight with the
 # two test workers for cores.

@@ -132,8 +132,8 @@ def solve_in_range(
     tolerance = 10 * jnp.finfo(matrix.dtype).eps
     norm = jnp.max(jnp.sum(jnp.abs(matrix), axis=1), initial=0)
     rounding = 4 * matrix.shape[0] * jnp.finfo(matrix.dtype).eps * norm
-    # A diagnostic must stay cheap beside the factorisation, n / 3 products.
-    iterations = max(12, 2**14 // max(matrix.shape[0], 1))
+    # A diagnostic must stay cheap beside the factorisation, and both run at the speed of memory.
+    iterations = 8 if matrix.shape[0] > 256 else 64
 
     class State(NamedTuple):
         x: jax.Array

@@ -176,7 +176,15 @@ def explain(metric: Metric, params: Tree, batch: Tree) -> Explanation:
 def _leaf(
     path: str, index: int, shape: tuple[int, ...], factors: list[Factor], made: engine.Plan
 ) -> LeafReport:
-    own = [factor for factor in factors if factor.place.leaf == index]
+    joined = {root: j for r in made.readings if r is not None for root, j in r.joined.items()}
+    first = {root: j.views[0].root for root, j in joined.items()}
+    # What several parameters share is put down to the first of them.
+    own = [f for f in factors if first.get(f.place.leaf, f.place.leaf) == index]
+    shared = [
+        f
+        for f in factors
+        if index in [v.root for v in getattr(joined.get(f.place.leaf), "views", ())]
+    ]
     parts = [part for factor in own for part in factor.parts if part is not None]
     sites = [
         site
@@ -187,8 +195,9 @@ def _leaf(
     ]
     operations = sum(_gram_operations(factor) for factor in own)
     held = sum(_bytes(x) for part in parts for x in part if x is not None)
-    positions = max((part.positions for part in parts), default=0)
-    form, reason = _form(index, own, made)
+    everything = own + [f for f in shared if f not in own]
+    positions = max((p.positions for f in everything for p in f.parts if p is not None), default=0)
+    form, reason = _form(index, everything, made)
     return LeafReport(path, shape, form, len(sites), positions, reason, held, operations)
 
 
@@ -204,6 +213,8 @@ def _form(index: int, own: list[Factor], made: engine.Plan) -> tuple[str, str]:
         if any(site.view.root in reading.derived for site in sites):
             return "dense", "something computed from it is used"
         shapes = {i: leaf.shape for i, leaf in enumerate(reading.leaves)}
+        if any(site.view.root in reading.joined for site in sites):
+            continue
         places = [assemble.place_of(site, shapes[site.view.root]) for site in sites]
         if assemble.groups_of_places(places) is None:
             return "dense", "its uses overlap in part"

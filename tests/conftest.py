@@ -43,3 +43,10 @@ def standard_promotion() -> Iterator[None]:
     """JAX's own defaults, for code of others: `optax.adam` and `optax.MultiSteps` need them."""
     with _configured(jax_numpy_dtype_promotion="standard", jax_numpy_rank_promotion="allow"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_programs() -> Iterator[None]:
+    """Thousands of small programs would fill the memory of a worker."""
+    yield
+    jax.clear_caches()

@@ -83,9 +83,9 @@ def _evaluate(equation: Any, operands: list[Value], tape: Tape) -> list[Value]:
     if body is not None:
         return read(body, operands, tape)
     if all(v.view is None for v in operands):
-        return _plain(equation, operands)
+        return _plain(equation, operands, tape)
     if not any(_floating(v) for v in equation.outvars) or _jaxpr.name(equation) == "stop_gradient":
-        return _plain(equation, [v._replace(view=None) for v in operands])
+        return _plain(equation, [v._replace(view=None) for v in operands], tape)
     if all(v.label is None for v in operands):
         return _of_parameters(equation, operands, tape)
     return _joint(equation, operands, tape)
@@ -95,16 +95,28 @@ def _floating(atom: Any) -> bool:
     return jnp.issubdtype(atom.aval.dtype, jnp.floating)
 
 
-def _plain(equation: Any, operands: list[Value]) -> list[Value]:
+def _plain(equation: Any, operands: list[Value], tape: Tape) -> list[Value]:
     """An equation that no parameter enters."""
     labels = example_axis.propagate(
         equation, [v.label for v in operands], [v.known for v in operands]
     )
+    if tape.guess is not None and labels == [None]:
+        labels = [_guessed(equation, tape.guess)]
     folded = _folded(equation, operands)
     arrays = _jaxpr.bind(equation, *arrays_of(operands))
     return [
         Value(a, label, None, known) for a, label, known in zip(arrays, labels, folded, strict=True)
     ]
+
+
+def _guessed(equation: Any, size: int) -> Label:
+    """The label of a constant spread over a new dimension as large as the batch."""
+    if _jaxpr.name(equation) != "broadcast_in_dim":
+        return None
+    kept = _jaxpr.parameter(equation, "broadcast_dimensions")
+    (shape,) = _jaxpr.shapes_out(equation)
+    new = [d for d, n in enumerate(shape) if n == size and d not in kept]
+    return example_axis.Axis(new[0]) if len(new) == 1 else None
 
 
 def _folded(equation: Any, operands: list[Value]) -> list[Any]:
@@ -140,7 +152,7 @@ def _of_parameters(equation: Any, operands: list[Value], tape: Tape) -> list[Val
     if followed is not None:
         return [Value(a, None, view) for a, view in zip(arrays, followed, strict=True)]
     return [
-        Value(a, None, tape.derive(operands, a) if _floating(v) else None)
+        Value(a, None, tape.derive(operands, a, equation) if _floating(v) else None)
         for a, v in zip(arrays, equation.outvars, strict=True)
     ]
 

@@ -80,6 +80,14 @@ def flatten(
 
 def plan(model: Model, coefficients: Tree, independent: bool | None) -> Plan:
     """Decides how rows are taken."""
+    made = _plan(model, coefficients, independent)
+    if len(made.readings) > 1:
+        # Roots are numbered by each reading for itself: groups share parameters alone.
+        made = made._replace(readings=[r and reader.apart(r) for r in made.readings])
+    return made
+
+
+def _plan(model: Model, coefficients: Tree, independent: bool | None) -> Plan:
     sized = any(group.size is not None for group in model.groups)
     if sized and independent:
         rows = columns.row_groups(model.caller, coefficients, model.groups)
@@ -171,7 +179,8 @@ def jacobian(
         reader.warn(caller, made.reason)
     dtype = _trees.work_dtype(params)
     factors = factors_of(model, made, output_metric, dtype)
-    return jacobian_of_factors(factors, made.rows, output_metric, params, dtype)
+    joined = made.readings[0].joined if made.readings[0] is not None else {}
+    return jacobian_of_factors(factors, made.rows, output_metric, params, joined, dtype)
 
 
 def factors_of(model: Model, made: Plan, output_metric: Any, dtype: Any) -> list[Factor]:
@@ -278,6 +287,8 @@ def site_parts(
     cast = [c.astype(z.dtype) for c, z in zip(cotangents, outputs, strict=True)]
     pulled = _over_columns(pull, cast, reading)
     shapes = {i: p.shape for i, p in enumerate(params)} | reading.derived
+    for root, joint in reading.joined.items():
+        shapes[root] = jax.eval_shape(joint.gather, params).shape
     placed: list[assemble.Placed] = []
     behind: dict[int, jax.Array] = {}
     for site, record, g in zip(reading.sites, records, pulled, strict=True):

@@ -105,7 +105,7 @@ def _over_chunks(
     """Maps a function of (N, C, B, T, p chunk) over chunks of p, the last one padded."""
     chunk = max(1, min(width, CHUNK // max(per_entry, 1)))
     count = -(-width // chunk)
-    if part.left is None or count == 1:
+    if part.left is None or count <= 1:
         return function(explicit(part, width))[None], 1, width
 
     def piece(i: jax.Array) -> jax.Array:
@@ -258,8 +258,15 @@ def squares(place: Place, part: Part) -> jax.Array:
     pieces = place.b + place.p + place.q
     if part.left is None:
         entries = jnp.sum(part.right**2, axis=(0, 1, 2, 3))
+    elif part.looks_up:
+        # sum_t g_t S at the entry that t looks up, S = sum of g over all positions that do: S^2.
+        same = (part.left[:, :, :, :, None] == part.left[:, :, :, None, :]).astype(part.right.dtype)
+        same = jnp.broadcast_to(same, (*part.right.shape[:2], *same.shape[2:]))
+        together = _einsum("ncbts,ncbsq->ncbtq", same, part.right)
+        u = jnp.ones((part.examples, part.columns), part.right.dtype)
+        return transposed_product(place, Part(part.left, part.right * together), u)
     elif part.positions == 1:
-        square = Part(part.left if part.looks_up else part.left**2, part.right**2)
+        square = Part(part.left**2, part.right**2)
         u = jnp.ones((part.examples, part.columns), part.right.dtype)
         return transposed_product(place, square, u)
     else:

@@ -10,14 +10,21 @@ from natgrad_jax.jacobian import columns
 from natgrad_jax.jacobian import factored
 from natgrad_jax.jacobian.columns import RowGroup
 from natgrad_jax.jacobian.factored import Factor
+from natgrad_jax.jacobian.factored import Place
 from natgrad_jax.jacobian.interface import Jacobian
+from natgrad_jax.jacobian.joined import Joined
 
 Tree = Any
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def jacobian_of_factors(
-    factors: list[Factor], groups: list[RowGroup], output_metric: Any, params: Tree, dtype: Any
+    factors: list[Factor],
+    groups: list[RowGroup],
+    output_metric: Any,
+    params: Tree,
+    joined: dict[int, Joined],
+    dtype: Any,
 ) -> Jacobian:
     """The products on rows that are held as factors.
 
@@ -26,6 +33,7 @@ def jacobian_of_factors(
       groups: the rows of each group of examples.
       output_metric: for the structure of the rows and their centering.
       params: pytree, for shapes.
+      joined: arrays that join parameters, where factors speak of them.
       dtype: of the rows.
     """
     leaves, structure = jax.tree.flatten(params)
@@ -35,27 +43,35 @@ def jacobian_of_factors(
     def tree(arrays: list[jax.Array]) -> Tree:
         return jax.tree.unflatten(structure, arrays)
 
-    def zeros() -> list[jax.Array]:
-        return [jnp.zeros(leaf.shape, dtype) for leaf in leaves]
+    def summed(terms: list[tuple[int, jax.Array]]) -> Tree:
+        """Arrays like roots, added up for each leaf."""
+        total = [jnp.zeros(leaf.shape, dtype) for leaf in leaves]
+        for root, array in terms:
+            for leaf, x in joined[root].scatter(array) if root in joined else [(root, array)]:
+                total[leaf] = total[leaf] + x
+        return tree(total)
 
     def product(tangent: Tree) -> jax.Array:
         vectors = [v.astype(dtype) for v in jax.tree.leaves(tangent)]
         parts = [jnp.zeros((group.examples, group.columns), dtype) for group in groups]
+        roots = dict(enumerate(vectors)) | {r: j.gather(vectors) for r, j in joined.items()}
         for place, own in factors:
             for g, part in enumerate(own):
                 if part is not None:
-                    parts[g] = parts[g] + factored.product(place, part, vectors[place.leaf])
+                    parts[g] = parts[g] + factored.product(place, part, roots[place.leaf])
         rows = columns.to_rows(groups, parts)
         return center(rows) if is_centered else rows
 
     def transposed_product(u: jax.Array) -> Tree:
-        parts, total = columns.from_rows(groups, center(u) if is_centered else u), zeros()
-        for place, own in factors:
-            for g, part in enumerate(own):
-                if part is not None:
-                    added = factored.transposed_product(place, part, parts[g])
-                    total[place.leaf] = total[place.leaf] + added
-        return tree(total)
+        parts = columns.from_rows(groups, center(u) if is_centered else u)
+        return summed(
+            [
+                (place.leaf, factored.transposed_product(place, part, parts[g]))
+                for place, own in factors
+                for g, part in enumerate(own)
+                if part is not None
+            ]
+        )
 
     def gram() -> jax.Array:
         blocks = {}
@@ -74,20 +90,32 @@ def jacobian_of_factors(
     def diagonal() -> Tree:
         if is_centered:
             return tree([jnp.sum(r * r, axis=0).reshape(x.shape) for r, x in pairs()])
-        total = zeros()
-        for place, own in factors:
-            for part in own:
-                if part is not None:
-                    total[place.leaf] = total[place.leaf] + factored.squares(place, part)
-        return tree(total)
+        return summed(
+            [
+                (place.leaf, factored.squares(place, part))
+                for place, own in factors
+                for part in own
+                if part is not None
+            ]
+        )
+
+    def sources(root: int) -> list[int]:
+        return [view.root for view in joined[root].views] if root in joined else [root]
+
+    def own_entries(leaf: int, place: Place, rows: jax.Array) -> jax.Array:
+        """The entries of a leaf in rows (N, C, entries of a root)."""
+        if place.leaf not in joined:
+            return rows
+        pick = lambda row: dict(joined[place.leaf].scatter(row.reshape(place.shape)))[leaf]
+        return jax.vmap(jax.vmap(pick))(rows).reshape(*rows.shape[:2], -1)
 
     def leaf_rows(leaf: int) -> jax.Array:
         size = leaves[leaf].size
         parts = [jnp.zeros((group.examples, group.columns, size), dtype) for group in groups]
         for place, own in factors:
             for g, part in enumerate(own):
-                if place.leaf == leaf and part is not None:
-                    parts[g] = parts[g] + factored.rows(place, part)
+                if part is not None and leaf in sources(place.leaf):
+                    parts[g] = parts[g] + own_entries(leaf, place, factored.rows(place, part))
         rows = columns.to_rows(groups, parts)
         return center(rows) if is_centered else rows
 

@@ -14,10 +14,12 @@ from natgrad_jax.jacobian.example_axis import OWN
 from natgrad_jax.jacobian.example_axis import Axis
 from natgrad_jax.jacobian.example_axis import Label
 from natgrad_jax.jacobian.example_axis import Mixed
+from natgrad_jax.jacobian.joined import Joined
 from natgrad_jax.jacobian.tape import Site
 from natgrad_jax.jacobian.tape import Tape
 from natgrad_jax.jacobian.tape import Value
 from natgrad_jax.jacobian.tape import attach
+from natgrad_jax.jacobian.uses import PER_EXAMPLE
 from natgrad_jax.jacobian.uses import MisfitError
 
 Tree = Any
@@ -41,6 +43,8 @@ class Reading(NamedTuple):
       sources: the parameter leaves behind every root.
       derived: roots in `sites` that are computed from parameters.
       leaves: shapes of the parameter leaves.
+      joined: roots that join whole parameters, used by nothing else: their factors need no rows.
+      guess: the size of the batch where constants of that size are taken for examples'.
     """
 
     program: _jaxpr.Program
@@ -51,6 +55,8 @@ class Reading(NamedTuple):
     sources: dict[int, frozenset[int]]
     derived: dict[int, tuple[int, ...]]
     leaves: list[Any]
+    joined: dict[int, Joined] = {}  # noqa: RUF012  # a NamedTuple's default, never written to
+    guess: int | None = None
 
 
 def read(
@@ -63,19 +69,63 @@ def read(
       UnreadableError: an equation has a form that the reader does not know.
     """
     program, _ = _jaxpr.trace(function, params, batch)
-    opaque: dict[int, str] = {}
+    plain = Reading(program, labels, outputs, {}, [], {}, {}, params)
+    reading = _settled(plain, params, batch)
+    if PER_EXAMPLE not in reading.opaque.values():
+        return reading
+    along = [label.dim if isinstance(label, Axis) and label != OWN else None for label in labels]
+    sizes = {x.shape[d] for x, d in zip(batch, along, strict=True) if d is not None}
+    if len(sizes) != 1:
+        return reading
+    try:
+        other = _settled(plain._replace(guess=sizes.pop()), params, batch)
+    except ExamplesMixError:
+        return reading
+    return other if len(other.opaque) < len(reading.opaque) else reading
+
+
+def _settled(reading: Reading, params: list[Any], batch: list[Any]) -> Reading:
+    """Gives up on parameters until all that is left factors."""
     while True:
-        reading = Reading(program, labels, outputs, opaque, [], {}, {}, params)
         tape = _survey(reading, params, batch)
-        if not set(tape.failed) - set(opaque):
+        if not set(tape.failed) - set(reading.opaque):
             break
-        opaque = opaque | tape.failed
+        reading = reading._replace(opaque=reading.opaque | tape.failed)
     derived = {
         s.view.root: tape.derived[s.view.root].shape
         for s in tape.sites
         if s.view.root in tape.derived
     }
-    return reading._replace(sites=tape.sites, sources=tape.sources, derived=derived)
+    joined = _exclusive(tape)
+    return reading._replace(
+        sites=tape.sites,
+        sources=tape.sources,
+        derived={root: shape for root, shape in derived.items() if root not in joined},
+        joined=joined,
+    )
+
+
+def apart(reading: Reading) -> Reading:
+    """The reading with joined roots as any other array derived from parameters."""
+    shapes = [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in reading.leaves]
+    derived = {
+        root: jax.eval_shape(joint.gather, shapes).shape for root, joint in reading.joined.items()
+    }
+    return reading._replace(derived=reading.derived | derived, joined={})
+
+
+def _exclusive(tape: Tape) -> dict[int, Joined]:
+    """The joined roots whose parameters are used through them alone."""
+    used: dict[int, set[int]] = {}
+    for site in tape.sites:
+        for leaf in tape.sources[site.view.root]:
+            used.setdefault(leaf, set()).add(site.view.root)
+    roots = {site.view.root for site in tape.sites}
+    return {
+        root: joined
+        for root, joined in tape.joined.items()
+        if root in roots and all(used[view.root] == {root} for view in joined.views)
+    }
 
 
 def _survey(reading: Reading, params: list[Any], batch: list[Any]) -> Tape:
@@ -85,7 +135,8 @@ def _survey(reading: Reading, params: list[Any], batch: list[Any]) -> Tape:
 
 
 def _tape(reading: Reading, probes: list[jax.Array] | None) -> Tape:
-    return Tape(len(reading.leaves), frozenset(reading.opaque), probes)
+    shapes = {i: leaf.shape for i, leaf in enumerate(reading.leaves)}
+    return Tape(shapes, frozenset(reading.opaque), probes, guess=reading.guess)
 
 
 def _run(reading: Reading, tape: Tape, params: list[Any], batch: list[Any]) -> list[jax.Array]:

@@ -9,6 +9,8 @@ from natgrad_jax.jacobian import uses
 from natgrad_jax.jacobian import view as views
 from natgrad_jax.jacobian.example_axis import Axis
 from natgrad_jax.jacobian.example_axis import Label
+from natgrad_jax.jacobian.joined import Joined
+from natgrad_jax.jacobian.joined import joined
 from natgrad_jax.jacobian.uses import MisfitError
 from natgrad_jax.jacobian.uses import Use
 from natgrad_jax.jacobian.view import View
@@ -54,33 +56,48 @@ class Tape:
     """What one evaluation of a program writes down."""
 
     def __init__(
-        self, leaves: int, opaque: frozenset[int], probes: list[jax.Array] | None, depth: int = 0
+        self,
+        leaves: dict[int, tuple[int, ...]],
+        opaque: frozenset[int],
+        probes: list[jax.Array] | None,
+        *,
+        depth: int = 0,
+        guess: int | None = None,
     ) -> None:
+        # `guess`: constants spread over a new dimension of this size are taken to hold something
+        # for each example. A wrong guess shows in labels that disagree.
+        self.guess = guess
         self.probes = None if probes is None else iter(probes)
         self.opaque, self.depth = opaque, depth
         self.sites: list[Site] = []
         self.records: list[Any] = []
         self.failed: dict[int, str] = {}
-        self.sources: dict[int, frozenset[int]] = {i: frozenset([i]) for i in range(leaves)}
+        self.sources: dict[int, frozenset[int]] = {i: frozenset([i]) for i in leaves}
+        self.leaves = leaves
         self.derived: dict[int, jax.Array] = {}
+        self.joined: dict[int, Joined] = {}
         self.tangents: set[int] = set()
         self.linearizing = 0
 
     def child(self, probes: list[jax.Array] | None) -> "Tape":
         """The tape of one pass through the body of a scan."""
-        tape = Tape(0, self.opaque, probes, self.depth + 1)
+        tape = Tape({}, self.opaque, probes, depth=self.depth + 1, guess=self.guess)
         tape.sources, tape.tangents = dict(self.sources), set(self.tangents)
         tape.linearizing = self.linearizing
         return tape
 
-    def derive(self, operands: list[Value], array: jax.Array) -> View:
-        """A new root: an array computed from parameters alone."""
+    def derive(self, operands: list[Value], array: jax.Array, equation: Any = None) -> View:
+        """A new root: an array computed from parameters alone, by this equation if by one."""
         root = len(self.sources)
         roots = [v.view.root for v in operands if v.view is not None]
         self.sources[root] = frozenset().union(*(self.sources[r] for r in roots))
         self.derived[root] = array
         if self.linearizing:
             self.tangents.add(root)
+        elif equation is not None and not self.depth:
+            joint = joined(equation, [v.view for v in operands], self.leaves)
+            if joint is not None:
+                self.joined[root] = joint
         return views.whole(root, array.shape)
 
     def fail(self, view: View, reason: str) -> None:

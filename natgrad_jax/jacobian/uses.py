@@ -27,6 +27,9 @@ from natgrad_jax.jacobian.view import View
 Record = Any
 
 
+PER_EXAMPLE = "each example has parameters of its own"
+
+
 class Use(NamedTuple):
     """One linear use.
 
@@ -101,7 +104,7 @@ def contraction(equation: Any, operands: list[Any], at: int, label: Axis) -> Use
     shared = [k for k in range(count) if _is_broadcast(view.dims[own_batch[k]])]
     copies = [k for k in range(count) if k not in shared]
     if label.dim in copies:
-        raise MisfitError("each example has parameters of its own")
+        raise MisfitError(PER_EXAMPLE)
     a_copies, a_shared = (tuple(a_batch[k] for k in ks) for ks in (copies, shared))
     a_label = other.label
 
@@ -119,7 +122,7 @@ def contraction(equation: Any, operands: list[Any], at: int, label: Axis) -> Use
 def operand(name: str, view: View, label: Axis) -> Use:
     """A parameter that enters anything else, broadcast: its rows are the cotangents themselves."""
     if label != OWN and not _is_broadcast(view.dims[label.dim]):
-        raise MisfitError("each example has parameters of its own")
+        raise MisfitError(PER_EXAMPLE)
     kept = tuple(d for d, pieces in enumerate(view.dims) if not _is_broadcast(pieces))
     summed = tuple(d for d in range(len(view.dims)) if d not in kept)
 

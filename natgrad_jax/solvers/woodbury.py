@@ -159,10 +159,10 @@ def woodbury() -> Solver:
             r, g_norm = left(y, w), norm(g)
             spread = jnp.sqrt(jnp.maximum(jnp.dot(r, _symmetric.matvec(gram, r)), 0))
             ratio = inverse * spread / jnp.where(g_norm > 0, g_norm, 1)
-            # What the subtraction may have lost, against what is left.
+            # What the subtraction may have lost, against what is left, ||g - R^T w||.
             lost = eps * (g_norm + jnp.sqrt(size) * jnp.linalg.norm(w))
-            needed = factor.eigen_taken | (lost > _LOST * damping * norm(d))
-
+            kept = g_norm**2 - 2 * jnp.dot(y, w) + jnp.dot(w, _symmetric.matvec(gram, w))
+            needed = factor.eigen_taken | ((lost / _LOST) ** 2 > kept)
             d, ratio = split(g, d, ratio, needed)
             # R d = w, so the part of d in the row space is R^T (R R^T)^+ w.
             inside = jnp.dot(w, in_range(w))

@@ -62,7 +62,7 @@ def linen_attention(key):
     return _linen(Net(), key, Draw(key)(N, 3, 4))
 
 
-@specimen("linen: an LSTM over time, kernels concatenated", dense=("kernel", "bias"))
+@specimen("linen: an LSTM over time, kernels concatenated")
 def linen_lstm(key):
     class Net(nn.Module):
         @nn.compact
@@ -144,14 +144,12 @@ def nnx_mlp(key):
     return _nnx(Net(nnx.Rngs(0)), Draw(key)(N, 3))
 
 
-@specimen("nnx: attention and convolution over time")
+@specimen("nnx: attention and convolution over time; its softmax is float32", single=True)
 def nnx_attention(key):
     class Net(nnx.Module):
         def __init__(self, rngs):
-            # Left alone, attention works in float32 inside.
-            dtype = jnp.result_type(float)
-            self.conv = nnx.Conv(3, 4, (2,), dtype=dtype, rngs=rngs)
-            self.attend = nnx.MultiHeadAttention(2, 4, dtype=dtype, rngs=rngs, decode=False)
+            self.conv = nnx.Conv(3, 4, (2,), rngs=rngs)
+            self.attend = nnx.MultiHeadAttention(2, 4, rngs=rngs, decode=False)
 
         def __call__(self, x):
             return self.attend(nnx.gelu(self.conv(x))).mean(1)

@@ -494,6 +494,24 @@ def laplacian(key):
     return f, p, r(N, 2)
 
 
+@specimen("a Laplacian by nested jvp, its directions broadcast to the batch")
+def laplacian_of_batch(key):
+    r = Draw(key)
+    p = {"w1": r(2, 5), "b1": r(5), "w2": r(5)}
+
+    def f(p, x):
+        u = lambda x: jnp.tanh(x @ p["w1"] + p["b1"]) @ p["w2"]
+
+        def second(e):
+            e = jnp.broadcast_to(e, x.shape)
+            slope = lambda x: jax.jvp(u, (x,), (e,))[1]
+            return jax.jvp(slope, (x,), (e,))[1]
+
+        return sum(second(e) for e in jnp.eye(2, dtype=x.dtype))
+
+    return f, p, r(N, 2)
+
+
 @specimen("parameters alone, without a batch", dense=("x",))
 def rosenbrock(key):
     r = Draw(key)

@@ -19,6 +19,7 @@ class Specimen(NamedTuple):
       dense: parameters that may be held as dense rows: substrings of their paths.
       mixes: whether examples mix, which ends in a warning.
       batch_axes: as of the metrics.
+      single: whether the model works in float32 inside, whatever it is given.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Specimen(NamedTuple):
     dense: tuple[str, ...] = ()
     mixes: bool = False
     batch_axes: Tree = 0
+    single: bool = False
 
 
 SPECIMENS: list[Specimen] = []

@@ -19,7 +19,6 @@ BATCHES = (64, 256, 1024)
 MAX_PARAMETERS_DENSE = 6000
 
 
-
 def cases(width: int, batch: int) -> dict[str, tuple[ng.Solver, bool]]:
     size = 16 * width + width + width * width + width + width * 10 + 10
     rows_fit = True

@@ -114,7 +114,11 @@ def factorize(
 
 
 def solve_in_range(
-    matrix: jax.Array, solve: Callable[[jax.Array], jax.Array], b: jax.Array
+    matrix: jax.Array,
+    solve: Callable[[jax.Array], jax.Array],
+    b: jax.Array,
+    *,
+    tolerance: float = 0.0,
 ) -> jax.Array:
     """A^+ b for b in the range of A, by conjugate gradients preconditioned with (A + damping I)^-1.
 
@@ -125,11 +129,12 @@ def solve_in_range(
       matrix: A, positive semi-definite (n, n).
       solve: b -> (A + damping I)^-1 b.
       b: (n,).
+      tolerance: of the squared residual in the preconditioned norm, at least 10 eps.
 
     Returns:
       A^+ b, (n,).
     """
-    tolerance = 10 * jnp.finfo(matrix.dtype).eps
+    tolerance = max(tolerance, float(10 * jnp.finfo(matrix.dtype).eps))
     norm = jnp.max(jnp.sum(jnp.abs(matrix), axis=1), initial=0)
     rounding = 4 * matrix.shape[0] * jnp.finfo(matrix.dtype).eps * norm
     # A diagnostic must stay cheap beside the factorisation, and both run at the speed of memory.

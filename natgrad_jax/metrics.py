@@ -260,17 +260,12 @@ def empirical_fisher(
         if not centered:
             return plain
         (weight,) = jax.tree.leaves(row_weights)
-        root = jnp.sqrt(weight)
 
         def product(tangents: Tree) -> Tree:
             mean = lambda v: jnp.dot(weight, v.astype(weight.dtype), precision="highest")
             return jax.tree.map(lambda v: weight * (v.astype(weight.dtype) - mean(v)), tangents)
 
-        def center(coefficients: Tree) -> Tree:
-            remove = lambda u: u - root * jnp.dot(root, u, precision="highest")
-            return jax.tree.map(remove, coefficients)
-
-        return plain._replace(product=product, center=center)
+        return plain._replace(product=product, removed=jnp.sqrt(weight))
 
     return Metric(name, log_prob, output_metric, output_metric, groups, independent=independent)
 

@@ -19,13 +19,15 @@ class OutputMetric(NamedTuple):
       product: tangents of the outputs to cotangents, v -> W M v.
       factor_product: coefficients to cotangents, u -> W^(1/2) B u, row by row.
       coefficients: shapes and dtypes of u; every leaf has a leading row axis.
-      center: None, or the symmetric projection of u that removes the weighted mean score.
+      removed: None, or the unit vector of coefficients (M,) whose direction is projected out of
+        the rows: the roots of the weights, which removes the weighted mean score. (Zero where all
+        weights are.)
     """
 
     product: Callable[[Tree], Tree]
     factor_product: Callable[[Tree], Tree]
     coefficients: Tree
-    center: Callable[[Tree], Tree] | None = None
+    removed: jax.Array | None = None
 
 
 def row_metric(outputs: Tree, row_weights: Tree) -> OutputMetric:

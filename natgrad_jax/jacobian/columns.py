@@ -122,18 +122,16 @@ def to_matrix(groups: list[RowGroup], blocks: dict[tuple[int, int], jax.Array]) 
     return to_rows(groups, lines)
 
 
-def centered(output_metric: Any, rows: jax.Array) -> jax.Array:
-    """The projection that removes the weighted mean score, applied along the rows (M, ...)."""
-    leaves, structure = jax.tree.flatten(output_metric.coefficients)
+def centered(removed: jax.Array, rows: jax.Array) -> jax.Array:
+    """(I - r r^T) X for a unit vector r and rows X (M, ...)."""
     flat = rows.reshape(rows.shape[0], -1)
+    along = jnp.dot(removed, flat, precision=jax.lax.Precision.HIGHEST)
+    return (flat - removed[:, None] * along[None, :]).reshape(rows.shape)
 
-    def one(column: jax.Array) -> jax.Array:
-        parts, start = [], 0
-        for leaf in leaves:
-            stop = start + math.prod(leaf.shape)
-            parts.append(column[start:stop].reshape(leaf.shape))
-            start = stop
-        moved = jax.tree.leaves(output_metric.center(jax.tree.unflatten(structure, parts)))
-        return jnp.concatenate([x.reshape(-1) for x in moved])
 
-    return jax.vmap(one, in_axes=1, out_axes=1)(flat).reshape(rows.shape)
+def centered_gram(removed: jax.Array, gram: jax.Array) -> jax.Array:
+    """(I - r r^T) K (I - r r^T) in one pass: K - r b^T - b r^T, b = K r - (r^T K r) r / 2."""
+    product = jnp.dot(gram, removed, precision=jax.lax.Precision.HIGHEST)
+    b = product - 0.5 * jnp.dot(removed, product) * removed
+    outer = removed[:, None] * b[None, :]
+    return gram - (outer + removed[None, :] * b[:, None])

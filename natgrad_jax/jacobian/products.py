@@ -37,19 +37,22 @@ def jacobian_of_factors(
       dtype: of the rows.
     """
     leaves, structure = jax.tree.flatten(params)
-    is_centered = output_metric.center is not None
-    center = functools.partial(columns.centered, output_metric)
+    removed = output_metric.removed
+
+    def center(rows: jax.Array) -> jax.Array:
+        return rows if removed is None else columns.centered(removed, rows)
 
     def tree(arrays: list[jax.Array]) -> Tree:
         return jax.tree.unflatten(structure, arrays)
 
     def summed(terms: list[tuple[int, jax.Array]]) -> Tree:
         """Arrays like roots, added up for each leaf."""
-        total = [jnp.zeros(leaf.shape, dtype) for leaf in leaves]
+        total: dict[int, jax.Array] = {}
         for root, array in terms:
             for leaf, x in joined[root].scatter(array) if root in joined else [(root, array)]:
-                total[leaf] = total[leaf] + x
-        return tree(total)
+                total[leaf] = total[leaf] + x if leaf in total else x
+        unused = lambda i: jnp.zeros(leaves[i].shape, dtype)
+        return tree([total[i] if i in total else unused(i) for i in range(len(leaves))])
 
     def product(tangent: Tree) -> jax.Array:
         vectors = [v.astype(dtype) for v in jax.tree.leaves(tangent)]
@@ -60,10 +63,10 @@ def jacobian_of_factors(
                 if part is not None:
                     parts[g] = parts[g] + factored.product(place, part, roots[place.leaf])
         rows = columns.to_rows(groups, parts)
-        return center(rows) if is_centered else rows
+        return center(rows)
 
     def transposed_product(u: jax.Array) -> Tree:
-        parts = columns.from_rows(groups, center(u) if is_centered else u)
+        parts = columns.from_rows(groups, center(u))
         return summed(
             [
                 (place.leaf, factored.transposed_product(place, part, parts[g]))
@@ -85,10 +88,10 @@ def jacobian_of_factors(
                 ]
                 blocks[g, h] = functools.reduce(jnp.add, terms, jnp.zeros(shape, dtype))
         matrix = columns.to_matrix(groups, blocks)
-        return center(center(matrix).T) if is_centered else matrix
+        return matrix if removed is None else columns.centered_gram(removed, matrix)
 
     def diagonal() -> Tree:
-        if is_centered:
+        if removed is not None:
             return tree([jnp.sum(r * r, axis=0).reshape(x.shape) for r, x in pairs()])
         return summed(
             [
@@ -117,7 +120,7 @@ def jacobian_of_factors(
                 if part is not None and leaf in sources(place.leaf):
                     parts[g] = parts[g] + own_entries(leaf, place, factored.rows(place, part))
         rows = columns.to_rows(groups, parts)
-        return center(rows) if is_centered else rows
+        return center(rows)
 
     def pairs() -> list[tuple[jax.Array, jax.Array]]:
         return [(leaf_rows(i), leaf) for i, leaf in enumerate(leaves)]

@@ -87,7 +87,7 @@ def woodbury() -> Solver:
             w = factor.solve(y)
             return w + factor.solve(left(y, w)) if here.dtype == jnp.float32 else w
 
-        def in_range(w: jax.Array) -> jax.Array:
+        def in_range(w: jax.Array, tolerance: float = 0.0) -> jax.Array:
             """(R R^T)^+ w."""
 
             def by_eigen(w: jax.Array) -> jax.Array:
@@ -97,7 +97,7 @@ def woodbury() -> Solver:
                 return _symmetric.matvec(vectors, gains * modes)
 
             def by_iteration(w: jax.Array) -> jax.Array:
-                return _symmetric.solve_in_range(gram, factor.solve, w)
+                return _symmetric.solve_in_range(gram, factor.solve, w, tolerance=tolerance)
 
             return jax.lax.cond(factor.eigen_taken, by_eigen, by_iteration, w)
 
@@ -138,18 +138,24 @@ def woodbury() -> Solver:
             damping alone. What the whole leaves of g is solved for once more. One product and one
             transposed product a step, on raveled vectors: the loop rarely runs, and compiles fast.
             """
-            flat = _trees.ravel(g)
-            start = _Split(
-                phase=jnp.where(needed, 0, 4),
-                repeated=jnp.asarray(False),
-                g=flat,
-                outside=flat,
-                inside=jnp.zeros((gram.shape[0],), here.dtype),
-                d=jnp.where(needed, 0, _trees.ravel(d)),
-                ratio=ratio,
-            )
-            end = jax.lax.while_loop(lambda s: s.phase < 4, split_step, start)
-            return _trees.unravel(end.d, here.params), end.ratio
+
+            def run(carry: tuple[jax.Array, Tree, jax.Array]) -> tuple[jax.Array, Tree, jax.Array]:
+                flat = _trees.ravel(g)
+                start = _Split(
+                    phase=jnp.zeros((), jnp.int32),
+                    repeated=jnp.asarray(False),
+                    g=flat,
+                    outside=flat,
+                    inside=jnp.zeros((gram.shape[0],), here.dtype),
+                    d=jnp.zeros_like(flat),
+                    ratio=ratio,
+                )
+                end = jax.lax.while_loop(lambda s: s.phase < 4, split_step, start)
+                return jnp.asarray(False), _trees.unravel(end.d, here.params), end.ratio
+
+            # A loop of at most one trip: what it needs is made only where it runs.
+            _, d, ratio = jax.lax.while_loop(lambda c: c[0], run, (needed, d, ratio))
+            return d, ratio
 
         def solve(g: Tree, state: tuple[()]) -> tuple[Tree, tuple[()], Report]:
             y = rows.product(g)
@@ -165,7 +171,7 @@ def woodbury() -> Solver:
             needed = factor.eigen_taken | ((lost / _LOST) ** 2 > kept)
             d, ratio = split(g, d, ratio, needed)
             # R d = w, so the part of d in the row space is R^T (R R^T)^+ w.
-            inside = jnp.dot(w, in_range(w))
+            inside = jnp.dot(w, in_range(w, tolerance=1e-8))
             share = _solver.outside_share(inside, _trees.vdot(d, d, here.dtype))
             outcome = _solver.report(
                 relative_residual=ratio,

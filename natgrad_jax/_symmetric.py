@@ -118,7 +118,7 @@ def solve_in_range(
     solve: Callable[[jax.Array], jax.Array],
     b: jax.Array,
     *,
-    tolerance: float = 0.0,
+    iterations: int = 64,
 ) -> jax.Array:
     """A^+ b for b in the range of A, by conjugate gradients preconditioned with (A + damping I)^-1.
 
@@ -129,16 +129,14 @@ def solve_in_range(
       matrix: A, positive semi-definite (n, n).
       solve: b -> (A + damping I)^-1 b.
       b: (n,).
-      tolerance: of the squared residual in the preconditioned norm, at least 10 eps.
+      iterations: at most so many.
 
     Returns:
       A^+ b, (n,).
     """
-    tolerance = max(tolerance, float(10 * jnp.finfo(matrix.dtype).eps))
+    tolerance = 10 * jnp.finfo(matrix.dtype).eps
     norm = jnp.max(jnp.sum(jnp.abs(matrix), axis=1), initial=0)
     rounding = 4 * matrix.shape[0] * jnp.finfo(matrix.dtype).eps * norm
-    # A diagnostic must stay cheap beside the factorisation, and both run at the speed of memory.
-    iterations = 8 if matrix.shape[0] > 256 else 64
 
     class State(NamedTuple):
         x: jax.Array

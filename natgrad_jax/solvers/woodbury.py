@@ -29,10 +29,6 @@ class _Split(NamedTuple):
     ratio: jax.Array
 
 
-def _same(x: jax.Array) -> jax.Array:
-    return x
-
-
 def woodbury() -> Solver:
     r"""Solves in sample space, exactly, for any gradient.
 
@@ -87,7 +83,7 @@ def woodbury() -> Solver:
             w = factor.solve(y)
             return w + factor.solve(left(y, w)) if here.dtype == jnp.float32 else w
 
-        def in_range(w: jax.Array, tolerance: float = 0.0) -> jax.Array:
+        def in_range(w: jax.Array, iterations: int = 64) -> jax.Array:
             """(R R^T)^+ w."""
 
             def by_eigen(w: jax.Array) -> jax.Array:
@@ -97,7 +93,7 @@ def woodbury() -> Solver:
                 return _symmetric.matvec(vectors, gains * modes)
 
             def by_iteration(w: jax.Array) -> jax.Array:
-                return _symmetric.solve_in_range(gram, factor.solve, w, tolerance=tolerance)
+                return _symmetric.solve_in_range(gram, factor.solve, w, iterations=iterations)
 
             return jax.lax.cond(factor.eigen_taken, by_eigen, by_iteration, w)
 
@@ -112,8 +108,8 @@ def woodbury() -> Solver:
             making, measuring = s.phase == 2, s.phase == 3
             x = jnp.where(measuring, s.d, s.outside)
             y = rows.product(_trees.unravel(x, here.params))
-            phases = [pseudo_inverse, pseudo_inverse, lambda _: damped_solve(s.inside), _same]
-            u = jax.lax.switch(s.phase, phases, y)
+            kinds = [pseudo_inverse, lambda _: damped_solve(s.inside), lambda y: y]
+            u = jax.lax.switch(jnp.maximum(s.phase - 1, 0), kinds, y)
             t = _trees.ravel(rows.transposed_product(u))
             outside = jnp.where(s.phase < 2, s.outside - t, s.outside)
             inside = jnp.where(s.phase < 2, s.inside + u, s.inside)
@@ -170,8 +166,11 @@ def woodbury() -> Solver:
             kept = g_norm**2 - 2 * jnp.dot(y, w) + jnp.dot(w, _symmetric.matvec(gram, w))
             needed = factor.eigen_taken | ((lost / _LOST) ** 2 > kept)
             d, ratio = split(g, d, ratio, needed)
-            # R d = w, so the part of d in the row space is R^T (R R^T)^+ w.
-            inside = jnp.dot(w, in_range(w, tolerance=1e-8))
+            # R d = w, so the part of d in the row space is R^T (R R^T)^+ w. A diagnostic must stay
+            # cheap beside the factorisation: where that is large, three iterations have to do, and
+            # modes far below the damping count as outside.
+            few = 64 if gram.shape[0] <= 256 else 3
+            inside = jnp.dot(w, in_range(w, iterations=few))
             share = _solver.outside_share(inside, _trees.vdot(d, d, here.dtype))
             outcome = _solver.report(
                 relative_residual=ratio,

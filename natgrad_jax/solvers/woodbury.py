@@ -116,7 +116,8 @@ def woodbury() -> Solver:
             d = jnp.where(making, s.d + t + inverse * outside, s.d)
             left = s.g - t - damping * d
             ratio = jnp.where(measuring, _solver.relative(left, s.g).astype(here.dtype), s.ratio)
-            again = measuring & ~s.repeated & (ratio > _LOST)
+            # What grew has met rounding divided by a tiny damping: more of it would not help.
+            again = measuring & ~s.repeated & (ratio > _LOST) & (ratio < 1)
             return _Split(
                 phase=jnp.where(again, 0, s.phase + 1),
                 repeated=s.repeated | again,
@@ -164,7 +165,7 @@ def woodbury() -> Solver:
             # What the subtraction may have lost, against what is left, ||g - R^T w||.
             lost = eps * (g_norm + jnp.sqrt(size) * jnp.linalg.norm(w))
             kept = g_norm**2 - 2 * jnp.dot(y, w) + jnp.dot(w, _symmetric.matvec(gram, w))
-            needed = factor.eigen_taken | ((lost / _LOST) ** 2 > kept)
+            needed = factor.eigen_taken | ~((lost / _LOST) ** 2 <= kept)
             d, ratio = split(g, d, ratio, needed)
             # R d = w, so the part of d in the row space is R^T (R R^T)^+ w. A diagnostic must stay
             # cheap beside the factorisation: where that is large, three iterations have to do, and

@@ -1,8 +1,7 @@
-"""The layers of flax linen, flax nnx, equinox and haiku, as their users write them."""
+"""The layers of flax linen, flax nnx and equinox, as their users write them."""
 
 import equinox as eqx
 import flax.linen as nn
-import haiku as hk
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -230,41 +229,3 @@ def equinox_gru(key):
     keys = jax.random.split(key)
     net = Net(eqx.nn.Embedding(5, 2, key=keys[0]), eqx.nn.GRUCell(2, 3, key=keys[1]))
     return _eqx(net, Draw(key).integers(5, N, 4))
-
-
-def _haiku(function, key, x):
-    net = hk.without_apply_rng(hk.transform(function))
-    return net.apply, net.init(key, x), x
-
-
-@specimen("haiku: an MLP")
-def haiku_mlp(key):
-    return _haiku(lambda x: hk.nets.MLP([5, 2])(x), key, Draw(key)(N, 3))
-
-
-@specimen("haiku: attention")
-def haiku_attention(key):
-    def net(x):
-        attend = hk.MultiHeadAttention(2, 3, w_init=hk.initializers.VarianceScaling(1.0))
-        return attend(x, x, x).mean(1)
-
-    return _haiku(net, key, Draw(key)(N, 3, 4))
-
-
-@specimen("haiku: a convolutional net")
-def haiku_cnn(key):
-    def net(x):
-        x = jax.nn.relu(hk.Conv2D(3, 3, stride=2)(x))
-        return hk.Linear(2)(hk.Flatten()(x))
-
-    return _haiku(net, key, Draw(key)(N, 4, 4, 2))
-
-
-@specimen("haiku: an LSTM unrolled by its own scan")
-def haiku_lstm(key):
-    def net(x):
-        core = hk.LSTM(3)
-        out, _ = hk.dynamic_unroll(core, x, core.initial_state(x.shape[0]), time_major=False)
-        return out[:, -1]
-
-    return _haiku(net, key, Draw(key)(N, 3, 2))

@@ -4,13 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck
-from hypothesis import given
-from hypothesis import settings
-from hypothesis import strategies as st
 from jax import lax
 
 from tests.models import oracle
+
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
 
 pytestmark = pytest.mark.usefixtures("standard_promotion", "x64")
 T, D = 3, 2  # positions and features of every hidden value (N, T, D)
@@ -83,8 +82,13 @@ LAYERS = [
 ]
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(
+@hypothesis.settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+    derandomize=True,
+)
+@hypothesis.given(
     layers=st.lists(st.tuples(st.sampled_from(LAYERS), st.integers(0, 1)), min_size=1, max_size=5),
     pool=st.booleans(),
 )

@@ -26,6 +26,7 @@ def rows_with_warnings():
     return warned
 
 
+@pytest.mark.smoke
 def test_control_nothing_is_said_today():
     assert rows_with_warnings() == []
 

@@ -13,6 +13,7 @@ from natgrad_jax.jacobian import engine
 from natgrad_jax.jacobian import factored
 from natgrad_jax.jacobian.factored import Factor
 from natgrad_jax.jacobian.factored import Part
+from natgrad_jax.jacobian.joined import leaves_behind
 from natgrad_jax.metrics import Metric
 
 Tree = Any
@@ -177,14 +178,10 @@ def _leaf(
     path: str, index: int, shape: tuple[int, ...], factors: list[Factor], made: engine.Plan
 ) -> LeafReport:
     joined = {root: j for r in made.readings if r is not None for root, j in r.joined.items()}
-    first = {root: j.views[0].root for root, j in joined.items()}
+    behind = lambda factor: leaves_behind(factor.place.leaf, joined)
+    everything = [factor for factor in factors if index in behind(factor)]
     # What several parameters share is put down to the first of them.
-    own = [f for f in factors if first.get(f.place.leaf, f.place.leaf) == index]
-    shared = [
-        f
-        for f in factors
-        if index in [v.root for v in getattr(joined.get(f.place.leaf), "views", ())]
-    ]
+    own = [factor for factor in everything if behind(factor)[0] == index]
     parts = [part for factor in own for part in factor.parts if part is not None]
     sites = [
         site
@@ -195,7 +192,6 @@ def _leaf(
     ]
     operations = sum(_gram_operations(factor) for factor in own)
     held = sum(_bytes(x) for part in parts for x in part if x is not None)
-    everything = own + [f for f in shared if f not in own]
     positions = max((p.positions for f in everything for p in f.parts if p is not None), default=0)
     form, reason = _form(index, everything, made)
     return LeafReport(path, shape, form, len(sites), positions, reason, held, operations)

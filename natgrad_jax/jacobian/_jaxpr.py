@@ -49,7 +49,7 @@ class Loop(NamedTuple):
 
 
 #: Calls that mean nothing but their body.
-_TRANSPARENT = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
+TRANSPARENT = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
 #: Calls whose derivative is not that of their body.
 CUSTOM = {
     "custom_jvp_call": "call_jaxpr",
@@ -107,7 +107,7 @@ def shapes_out(equation: Any) -> list[tuple[int, ...]]:
 
 def call_body(equation: Any) -> Program | None:
     """The body of a call that means nothing but its body; None for other equations."""
-    if name(equation) not in _TRANSPARENT:
+    if name(equation) not in TRANSPARENT:
         return None
     key = "call_jaxpr" if "call_jaxpr" in equation.params else "jaxpr"
     return program(parameter(equation, key))
@@ -181,17 +181,6 @@ def bind(equation: Any, *operands: jax.Array) -> list[jax.Array]:
     functions, params = ((), bound) if isinstance(bound, dict) else bound
     results = equation.primitive.bind(*functions, *operands, **params)
     return list(results) if equation.primitive.multiple_results else [results]
-
-
-def evaluate(this: Program, operands: list[Any]) -> list[Any]:
-    """Evaluates a whole program."""
-    values: dict[Any, Any] = dict(this.constants)
-    values.update(zip(this.inputs, operands, strict=True))
-    read = lambda v: v.val if is_literal(v) else values[v]
-    for equation in this.equations:
-        results = bind(equation, *map(read, equation.invars))
-        values.update(zip(equation.outvars, results, strict=True))
-    return list(map(read, this.outputs))
 
 
 def inner_programs(equation: Any) -> list[Program]:

@@ -62,8 +62,6 @@ def column_rows(
         return function(full, batch)
 
     values, pull = jax.vjp(outputs, [params[i] for i in wanted])
-    for value, c in zip(values, cotangents, strict=True):
-        assert value.shape == c.shape[1:]
     cast = [c.astype(v.dtype) for c, v in zip(cotangents, values, strict=True)]
     count = cotangents[0].shape[0]
     chunk = max(1, factored.CHUNK // max(sum(params[i].size for i in wanted), 1))

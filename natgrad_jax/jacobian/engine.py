@@ -131,10 +131,7 @@ def _read_whole(model: Model) -> Reading | None:
 def _read_one(model: Model, number: int) -> Reading | None:
     """Reads a model at one example of a group."""
     group = model.groups[number]
-    one = [
-        jax.ShapeDtypeStruct(_single(x.shape, axis), x.dtype)
-        for x, axis in zip(model.batch, group.axes, strict=True)
-    ]
+    one = _one_example(model, group)
     labels: list[Label] = [None if axis is None else OWN for axis in group.axes]
     function = dense.outputs_of_group(model, number)
     outputs = [OWN for _ in jax.eval_shape(function, model.params, one)]
@@ -142,6 +139,27 @@ def _read_one(model: Model, number: int) -> Reading | None:
         return reader.read(function, model.params, one, labels, outputs)
     except _jaxpr.UnreadableError:
         return None
+
+
+def _one_example(model: Model, group: Group) -> list[Any]:
+    """Shapes of a batch of one example."""
+    return [
+        jax.ShapeDtypeStruct(_single(x.shape, axis), x.dtype)
+        for x, axis in zip(model.batch, group.axes, strict=True)
+    ]
+
+
+def _check_one_example(
+    model: Model, group: Group, function: Flat, cotangents: list[jax.Array]
+) -> None:
+    outputs = jax.eval_shape(function, model.params, _one_example(model, group))
+    for value, c in zip(outputs, cotangents, strict=True):
+        if value.shape != c.shape[2:]:
+            raise ValueError(
+                f"{model.caller}: on a batch of one example the model gives outputs of shape"
+                f" {value.shape}, but on the whole batch each example has {c.shape[2:]};"
+                " independent=True takes rows example by example"
+            )
 
 
 def _single(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
@@ -255,6 +273,7 @@ def _vouched(
         outputs = [cotangents[i][:count] for i, _ in dense.wanted_outputs(model, number)]
         own = dense.split_examples(model, made.rows, number, outputs)
         function = dense.outputs_of_group(model, number)
+        _check_one_example(model, group, function, own)
         places: list[Place] = []
 
         def example(

@@ -125,10 +125,7 @@ def settle(
 
 
 _PER_RESULT: dict[str, Callable[[Any, list[Label]], list[Label]]] = {
-    **{
-        name: _call
-        for name in ["jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"]
-    },
+    **dict.fromkeys(_jaxpr.TRANSPARENT, _call),
     **dict.fromkeys(_jaxpr.CUSTOM, _custom),
     "cond": _cond,
     "while": _while,

@@ -4,6 +4,7 @@ Fused gates and projections concatenate kernels. Each entry of the joint array i
 parameter, so inner products of rows are the same for both, and vectors move back and forth.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +50,11 @@ class Joined(NamedTuple):
         return result
 
 
+def leaves_behind(root: int, joined: dict[int, Joined]) -> list[int]:
+    """The parameters that a root stands for, in order."""
+    return [view.root for view in joined[root].views] if root in joined else [root]
+
+
 def _pieces(view: View) -> views.Pieces:
     return tuple(piece for dim in view.dims for piece in dim)
 
@@ -67,9 +73,7 @@ def joined(equation: Any, operands: list[View | None], shapes: dict[int, Any]) -
     if len(set(roots)) < len(roots) or not set(roots) <= set(shapes):
         return None
     for view in found:
-        size = 1
-        for n in shapes[view.root]:
-            size *= n
+        size = math.prod(shapes[view.root])
         broadcast = any(stride == 0 for _, stride in _pieces(view))
         if view.scale is not None or view.scanned or broadcast or views.size(_pieces(view)) != size:
             return None

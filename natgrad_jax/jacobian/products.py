@@ -13,6 +13,7 @@ from natgrad_jax.jacobian.factored import Factor
 from natgrad_jax.jacobian.factored import Place
 from natgrad_jax.jacobian.interface import Jacobian
 from natgrad_jax.jacobian.joined import Joined
+from natgrad_jax.jacobian.joined import leaves_behind
 
 Tree = Any
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -102,9 +103,6 @@ def jacobian_of_factors(
             ]
         )
 
-    def sources(root: int) -> list[int]:
-        return [view.root for view in joined[root].views] if root in joined else [root]
-
     def own_entries(leaf: int, place: Place, rows: jax.Array) -> jax.Array:
         """The entries of a leaf in rows (N, C, entries of a root)."""
         if place.leaf not in joined:
@@ -117,7 +115,7 @@ def jacobian_of_factors(
         parts = [jnp.zeros((group.examples, group.columns, size), dtype) for group in groups]
         for place, own in factors:
             for g, part in enumerate(own):
-                if part is not None and leaf in sources(place.leaf):
+                if part is not None and leaf in leaves_behind(place.leaf, joined):
                     parts[g] = parts[g] + own_entries(leaf, place, factored.rows(place, part))
         rows = columns.to_rows(groups, parts)
         return center(rows)

@@ -103,3 +103,9 @@ def test_what_mixes_is_found(name, mix):
     gram, warned = oracle.quietly(ng.gram_matrix, ng.gauss_newton(model), P, x)
     assert len(warned) == 1, name
     np.testing.assert_allclose(gram, rows @ rows.T, atol=1e-12)
+
+
+def test_vouching_for_a_model_that_one_example_changes_says_so():
+    model = lambda p, x: (x @ p["w"]) if x.shape[0] > 1 else (x @ p["w"])[:, :1]
+    with pytest.raises(ValueError, match="gauss_newton: on a batch of one example"):
+        ng.gram_matrix(ng.gauss_newton(model, independent=True), P, X)

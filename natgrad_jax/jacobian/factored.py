@@ -11,6 +11,7 @@ from natgrad_jax.jacobian import view as views
 from natgrad_jax.jacobian.view import Pieces
 
 _einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 #: Transient arrays are kept to this many scalars.
 CHUNK = 2**24
@@ -183,8 +184,16 @@ def _aligned(index: jax.Array) -> jax.Array:
     return jnp.transpose(index, (2, 0, 1, 3))[None, None, :, None]
 
 
+def _matrix(x: jax.Array) -> jax.Array:
+    """(N, C, 1, T, k) to (N C T, k): XLA copies operands of products with axes of size one."""
+    return x.reshape(-1, x.shape[-1])
+
+
 def _pairs(one: jax.Array, two: jax.Array) -> jax.Array:
     """Inner products of all pairs, (B, N, C, T, M, D, S)."""
+    (n, c, b, t, _), (m, d, _, s, _) = one.shape, two.shape
+    if b == 1:
+        return _matmul(_matrix(one), _matrix(two).T).reshape(1, n, c, t, m, d, s)
     return _einsum("ncbtp,mdbsp->bnctmds", one, two)
 
 
@@ -212,9 +221,11 @@ def product(place: Place, part: Part, tangent: jax.Array) -> jax.Array:
     entries = views.take(tangent, place.offset, place.b + place.p + place.q)
     entries = entries.reshape(place.sizes)
     if part.left is None:
-        return _einsum("ncbtq,bpq->nc", part.right, entries)
+        return _matmul(_matrix(part.right), entries.reshape(-1)).reshape(part.right.shape[:2])
     if part.looks_up:
         picked = entries[jnp.arange(place.sizes[0])[:, None], part.left]
+    elif place.sizes[0] == 1:
+        picked = _matmul(_matrix(part.left), entries[0]).reshape(*part.left.shape[:4], -1)
     else:
         picked = _einsum("ncbtp,bpq->ncbtq", part.left, entries)
     if picked.shape[1] == part.right.shape[1] == 1:
@@ -229,7 +240,7 @@ def product(place: Place, part: Part, tangent: jax.Array) -> jax.Array:
 def transposed_product(place: Place, part: Part, u: jax.Array) -> jax.Array:
     """R^T u for u (N, C): an array like the leaf, zero outside this place."""
     if part.left is None:
-        entries = _einsum("nc,ncbtq->bq", u, part.right)[:, None]
+        entries = _matmul(u.reshape(-1), _matrix(part.right))
     elif part.left.shape[1] == 1:
         right = _combined(u, part.right)
         if part.looks_up:
@@ -237,12 +248,19 @@ def transposed_product(place: Place, part: Part, u: jax.Array) -> jax.Array:
             where = jnp.arange(b)[None, :, None], part.left[:, 0]
             entries = jnp.zeros((b, p, q), right.dtype).at[where].add(right)
         else:
-            entries = _einsum("nbtp,nbtq->bpq", part.left[:, 0], right)
+            entries = _summed_products(part.left, right[:, None])
     else:
         left = part.left * u.reshape(*u.shape, 1, 1, 1)
         right = jnp.broadcast_to(part.right, (*left.shape[:4], part.right.shape[4]))
-        entries = _einsum("ncbtp,ncbtq->bpq", left, right)
+        entries = _summed_products(left, right)
     return views.place(entries.reshape(-1), place.shape, place.offset, place.b + place.p + place.q)
+
+
+def _summed_products(left: jax.Array, right: jax.Array) -> jax.Array:
+    """sum_nct left (x) right, (B, p, q)."""
+    if left.shape[2] == 1:
+        return _matmul(_matrix(left).T, _matrix(right))[None]
+    return _einsum("ncbtp,ncbtq->bpq", left, right)
 
 
 def _combined(u: jax.Array, right: jax.Array) -> jax.Array:

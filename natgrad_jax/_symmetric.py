@@ -27,12 +27,10 @@ class Factor(NamedTuple):
     Attributes:
       solve: b (n,) -> (A + damping I)^-1 b, the pseudo-inverse for damping 0.
       eigen_taken: whether the eigendecomposition was needed.
-      eigen: the eigendecomposition where it was taken, zeros elsewhere.
     """
 
     solve: Callable[[jax.Array], jax.Array]
     eigen_taken: jax.Array
-    eigen: Eigen
 
 
 def matvec(matrix: jax.Array, vector: jax.Array) -> jax.Array:
@@ -68,6 +66,7 @@ def factorize(
     *,
     definite: bool = True,
     floor: jax.Array | float = 0.0,
+    in_range: bool = False,
 ) -> Factor:
     """Prepares solves with A + damping I.
 
@@ -80,16 +79,17 @@ def factorize(
       damping: scalar of A's dtype.
       definite: whether A is positive semi-definite, so that negative eigenvalues are rounding.
       floor: a squared pivot at or below it asks for the eigendecomposition, too.
+      in_range: whether solutions by eigendecomposition leave out the null space of A.
 
     Returns:
       A :class:`Factor`.
     """
     n, dtype = matrix.shape[0], matrix.dtype
     damped = matrix + damping * jnp.eye(n, dtype=dtype)
-    # A is symmetric: its transpose is what LAPACK's column-major order wants, which saves XLA from
-    # rebuilding A transposed.
-    lower = jax.lax.linalg.cholesky(damped.T, symmetrize_input=False)
-    pivots = jnp.diagonal(lower) ** 2
+    # LAPACK's order is column-major: of a symmetric matrix it can have the transpose as it is, and
+    # the transpose of its factor crosses loops and branches, all row-major, without a copy.
+    upper = jax.lax.linalg.cholesky(damped.T, symmetrize_input=False).T
+    pivots = jnp.diagonal(upper) ** 2
     smallest, largest = jnp.min(pivots, initial=jnp.inf), jnp.max(pivots, initial=0)
     sound = jnp.all(jnp.isfinite(pivots)) & (smallest > jnp.finfo(dtype).eps * largest)
     needed = (damping <= 0) | ~((sound & (smallest > floor)) | (n == 0))
@@ -97,20 +97,22 @@ def factorize(
     def run(carry: tuple[jax.Array, Eigen]) -> tuple[jax.Array, Eigen]:
         return jnp.asarray(False), eigen(matrix, definite=definite)
 
-    empty = Eigen(jnp.zeros((n,), dtype), jnp.zeros((n, n), dtype))
-    _, spectrum = jax.lax.while_loop(lambda c: c[0], run, (needed, empty))
+    # One matrix to keep: the triangular factor, or the eigenvectors that take its place.
+    start = Eigen(jnp.zeros((n,), dtype), upper)
+    _, (values, kept) = jax.lax.while_loop(lambda c: c[0], run, (needed, start))
 
     def by_eigen(b: jax.Array) -> jax.Array:
-        inner = damped_inverse(spectrum.values, damping) * matvec(spectrum.vectors.T, b)
-        return matvec(spectrum.vectors, inner)
+        gains = damped_inverse(values, damping)
+        gains = jnp.where(values == 0, 0, gains) if in_range else gains
+        return matvec(kept, gains * matvec(kept.T, b))
 
     def by_cholesky(b: jax.Array) -> jax.Array:
-        return jax.scipy.linalg.cho_solve((lower, True), b)
+        return jax.scipy.linalg.cho_solve((kept.T, True), b)
 
     def solve(b: jax.Array) -> jax.Array:
         return jax.lax.cond(needed, by_eigen, by_cholesky, b)
 
-    return Factor(solve, needed, spectrum)
+    return Factor(solve, needed)
 
 
 def solve_in_range(
@@ -143,25 +145,27 @@ def solve_in_range(
         r: jax.Array
         p: jax.Array
         rho: jax.Array
+        first: jax.Array
         count: jax.Array  # type: ignore[assignment]  # a field, not tuple.count
-
-    z = solve(b)
-    first = jnp.dot(b, z, precision=_HIGHEST)
+        going: jax.Array
 
     def step(s: State) -> State:
-        ap = matvec(matrix, s.p)
-        curvature = jnp.dot(s.p, ap, precision=_HIGHEST)
+        z = solve(s.r)
+        rho = jnp.dot(s.r, z, precision=_HIGHEST)
+        p = z + jnp.where(s.count > 0, rho / s.rho, 0) * s.p
+        ap = matvec(matrix, p)
+        curvature = jnp.dot(p, ap, precision=_HIGHEST)
         # A direction whose curvature is rounding lies in the null space: what is left is noise.
-        null = curvature <= rounding * jnp.dot(s.p, s.p, precision=_HIGHEST)
-        alpha = jnp.where(null, 0, s.rho / jnp.where(null, 1, curvature))
-        r = s.r - alpha * ap
-        z = solve(r)
-        rho = jnp.dot(r, z, precision=_HIGHEST)
-        rho = jnp.where(null, 0, rho)
-        return State(s.x + alpha * s.p, r, z + rho / s.rho * s.p, rho, s.count + 1)
+        null = curvature <= rounding * jnp.dot(p, p, precision=_HIGHEST)
+        alpha = jnp.where(null, 0, rho / jnp.where(null, 1, curvature))
+        first = jnp.where(s.count > 0, s.first, rho)
+        going = ~null & (rho > tolerance * first)
+        return State(s.x + alpha * p, s.r - alpha * ap, p, rho, first, s.count + 1, going)
 
     def unfinished(s: State) -> jax.Array:
-        return (s.rho > tolerance * first) & (s.count < iterations)
+        return s.going & (s.count < iterations)
 
-    start = State(jnp.zeros_like(b), b, z, first, jnp.zeros((), jnp.int32))
+    zero = jnp.zeros_like(b)
+    one = jnp.ones((), b.dtype)
+    start = State(zero, b, zero, one, one, jnp.zeros((), jnp.int32), jnp.asarray(True))
     return jax.lax.while_loop(unfinished, step, start).x

@@ -65,12 +65,6 @@ def max_abs(tree: Tree, dtype: jnp.dtype) -> jax.Array:
     return jnp.max(jnp.stack(parts), initial=0) if parts else jnp.zeros((), dtype)
 
 
-def all_finite(tree: Tree) -> jax.Array:
-    """True when every scalar of a tree is finite."""
-    parts = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(parts)) if parts else jnp.asarray(True)
-
-
 def vdot(a: Tree, b: Tree, dtype: jnp.dtype) -> jax.Array:
     """The inner product of two trees of one dtype, at full precision."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
@@ -101,7 +95,10 @@ def zeros_like(tree: Tree) -> Tree:
 
 
 def normalised(tree: Tree, dtype: jnp.dtype) -> tuple[Tree, jax.Array]:
-    """A tree divided by a power of two (exact) near its largest entry, and that power."""
+    """A tree divided by a power of two (exact) near its largest entry, and that power.
+
+    NaN and infinity make all of it NaN, the power included.
+    """
     largest = max_abs(tree, dtype)
     info = jnp.finfo(dtype)
     usable = (largest >= info.tiny) & (largest <= info.max)
@@ -111,7 +108,6 @@ def normalised(tree: Tree, dtype: jnp.dtype) -> tuple[Tree, jax.Array]:
     bits = jax.lax.bitcast_convert_type(jnp.where(usable, largest, 1), kind)
     mask = (2 ** (info.bits - 1) - 1) - (2**info.nmant - 1)
     power = jax.lax.bitcast_convert_type(bits & jnp.asarray(mask, kind), dtype)
-    size = jnp.where(usable, power, jnp.where((largest > 0) & (largest < 1), info.tiny, 1)).astype(
-        dtype
-    )
+    rest = jnp.where(jnp.isfinite(largest), jnp.where(largest > 0, info.tiny, 1), jnp.nan)
+    size = jnp.where(usable, power, rest).astype(dtype)
     return jax.tree.map(lambda x: x / size, tree), size

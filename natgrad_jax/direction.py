@@ -168,22 +168,20 @@ def compiled_direction(
         carried = _trees.scale(velocity, momentum)
         rhs = _trees.add_scaled(g, -jnp.ones((), dtype), here.linearize()(carried))
     # Order one going in: squares neither overflow nor underflow, whatever the scale of the loss.
+    # The scale of a gradient that is not finite is NaN: iterations end at once on such, and would
+    # hide it.
     unit, size = _trees.normalised(rhs, dtype)
     d, state, report = solve(unit, state)
     d = _trees.scale(d, size)
+    slope = report.grad_dot_direction
+    slope = None if slope is None else slope * size * size
     if velocity is not None:
         d = velocity = _trees.add_scaled(d, jnp.ones((), dtype), carried)
-    # Iterations end at once on non-finite numbers, and would hide them.
-    finite = _trees.all_finite(g)
-    d = jax.tree.map(lambda x: jnp.where(finite, x, jnp.nan), d)
-    return _trees.cast_like(d, grads), state, velocity, _info(report, damping, g, d, dtype)
+        slope = None
+    slope = _trees.vdot(g, d, dtype) if slope is None else slope
+    return _trees.cast_like(d, grads), state, velocity, _info(report, damping, slope)
 
 
-def _info(
-    report: Report, damping: jax.Array, g: Tree, d: Tree, dtype: jnp.dtype
-) -> NaturalGradientInfo:
-    return NaturalGradientInfo(
-        damping=damping.astype(jnp.float32),
-        grad_dot_direction=_trees.vdot(g, d, dtype).astype(jnp.float32),
-        **report._asdict(),
-    )
+def _info(report: Report, damping: jax.Array, slope: jax.Array) -> NaturalGradientInfo:
+    measured = report._asdict() | {"grad_dot_direction": slope.astype(jnp.float32)}
+    return NaturalGradientInfo(damping=damping.astype(jnp.float32), **measured)

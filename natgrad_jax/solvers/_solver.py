@@ -25,6 +25,7 @@ class Report(NamedTuple):
         the damping, or -1 where it was not measured. float32.
       eigen_taken: whether an eigendecomposition was used. bool.
       negative_curvature: whether conjugate gradients met d^T (F + damping I) d <= 0. bool.
+      grad_dot_direction: g^T d, or None from a solver that does not have it at hand.
     """
 
     iterations: jax.Array
@@ -32,6 +33,7 @@ class Report(NamedTuple):
     outside_row_space: jax.Array
     eigen_taken: jax.Array
     negative_curvature: jax.Array
+    grad_dot_direction: jax.Array | None
 
 
 def report(
@@ -41,6 +43,7 @@ def report(
     outside_row_space: jax.typing.ArrayLike = NOT_MEASURED,
     eigen_taken: jax.typing.ArrayLike = False,
     negative_curvature: jax.typing.ArrayLike = False,
+    grad_dot_direction: jax.Array | None = None,
 ) -> Report:
     """A report in its fixed dtypes."""
     return Report(
@@ -49,6 +52,7 @@ def report(
         jnp.asarray(outside_row_space).astype(jnp.float32),
         jnp.asarray(eigen_taken).astype(jnp.bool_),
         jnp.asarray(negative_curvature).astype(jnp.bool_),
+        grad_dot_direction,
     )
 
 

@@ -1,5 +1,6 @@
 """The sample-space solver: the M x M Gram matrix in place of the P x P Fisher matrix."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from natgrad_jax import _symmetric
 from natgrad_jax import _trees
 from natgrad_jax.curvature import Curvature
+from natgrad_jax.jacobian import Jacobian
 from natgrad_jax.solvers import _solver
 from natgrad_jax.solvers._solver import Report
 from natgrad_jax.solvers._solver import Solve
@@ -15,18 +17,14 @@ from natgrad_jax.solvers._solver import Solver
 
 Tree = Any
 
-#: The subtraction of the formula may cost this share of the direction before more is done.
+#: The subtraction of the formula may cost this share of the direction before it is corrected.
 _LOST = 1e-4
 
+#: So may what Cholesky leaves, relative to the gradient.
+_RESIDUAL = 1e-2
 
-class _Split(NamedTuple):
-    phase: jax.Array
-    repeated: jax.Array
-    g: jax.Array
-    outside: jax.Array
-    inside: jax.Array
-    d: jax.Array
-    ratio: jax.Array
+#: Corrections, at most; the first one leaves rounding behind, unless the damping is tiny.
+_ROUNDS = 4
 
 
 def woodbury() -> Solver:
@@ -66,120 +64,177 @@ def woodbury() -> Solver:
     """
 
     def prepare(here: Curvature, damping: jax.Array, state: tuple[()]) -> tuple[Solve, tuple[()]]:
-        rows = here.jacobian()
-        gram = rows.gram()
-        eps, size = jnp.finfo(here.dtype).eps, jnp.linalg.norm(gram)
-        # A pivot within the rounding of the Gram matrix says that repeated rows, not the damping,
-        # decide what the factor holds.
-        factor = _symmetric.factorize(gram, damping, floor=10 * eps * size)
-        inverse = jnp.where(damping > 0, 1 / jnp.where(damping > 0, damping, 1), 0)
-        norm = lambda v: jnp.sqrt(_trees.vdot(v, v, here.dtype))
-
-        def left(y: jax.Array, w: jax.Array) -> jax.Array:
-            """The residual in sample space."""
-            return y - _symmetric.matvec(gram, w) - damping * w
-
-        def damped_solve(y: jax.Array) -> jax.Array:
-            w = factor.solve(y)
-            return w + factor.solve(left(y, w)) if here.dtype == jnp.float32 else w
-
-        def in_range(w: jax.Array, iterations: int = 64) -> jax.Array:
-            """(R R^T)^+ w."""
-
-            def by_eigen(w: jax.Array) -> jax.Array:
-                values, vectors = factor.eigen
-                modes = _symmetric.matvec(vectors.T, w)
-                gains = jnp.where(values > 0, 1 / jnp.where(values > 0, values, 1), 0)
-                return _symmetric.matvec(vectors, gains * modes)
-
-            def by_iteration(w: jax.Array) -> jax.Array:
-                return _symmetric.solve_in_range(gram, factor.solve, w, iterations=iterations)
-
-            return jax.lax.cond(factor.eigen_taken, by_eigen, by_iteration, w)
-
-        def pseudo_inverse(y: jax.Array) -> jax.Array:
-            """(R R^T)^+ y, which is w + damping (R R^T)^+ w for the damped solution w of y."""
-            w = jnp.where(factor.eigen_taken, y, damped_solve(y))
-            part = in_range(w)
-            return jnp.where(factor.eigen_taken, part, w + damping * part)
-
-        def split_step(s: _Split) -> _Split:
-            """Phases 0 and 1 take the rows out of `outside`, 2 makes d, 3 measures what is left."""
-            making, measuring = s.phase == 2, s.phase == 3
-            x = jnp.where(measuring, s.d, s.outside)
-            y = rows.product(_trees.unravel(x, here.params))
-            kinds = [pseudo_inverse, lambda _: damped_solve(s.inside), lambda y: y]
-            u = jax.lax.switch(jnp.maximum(s.phase - 1, 0), kinds, y)
-            t = _trees.ravel(rows.transposed_product(u))
-            outside = jnp.where(s.phase < 2, s.outside - t, s.outside)
-            inside = jnp.where(s.phase < 2, s.inside + u, s.inside)
-            d = jnp.where(making, s.d + t + inverse * outside, s.d)
-            left = s.g - t - damping * d
-            ratio = jnp.where(measuring, _solver.relative(left, s.g).astype(here.dtype), s.ratio)
-            # What grew has met rounding divided by a tiny damping: more of it would not help.
-            again = measuring & ~s.repeated & (ratio > _LOST) & (ratio < 1)
-            return _Split(
-                phase=jnp.where(again, 0, s.phase + 1),
-                repeated=s.repeated | again,
-                g=s.g,
-                outside=jnp.where(again, left, outside),
-                inside=jnp.where(again, 0, inside),
-                d=d,
-                ratio=ratio,
-            )
-
-        def split(g: Tree, d: Tree, ratio: jax.Array, needed: jax.Array) -> tuple[Tree, jax.Array]:
-            """d = R^T a + outside / damping, with `outside` orthogonal to the rows.
-
-            Two passes take the rows out of it: what one leaves by rounding would be divided by the
-            damping alone. What the whole leaves of g is solved for once more. One product and one
-            transposed product a step, on raveled vectors: the loop rarely runs, and compiles fast.
-            """
-
-            def run(carry: tuple[jax.Array, Tree, jax.Array]) -> tuple[jax.Array, Tree, jax.Array]:
-                flat = _trees.ravel(g)
-                start = _Split(
-                    phase=jnp.zeros((), jnp.int32),
-                    repeated=jnp.asarray(False),
-                    g=flat,
-                    outside=flat,
-                    inside=jnp.zeros((gram.shape[0],), here.dtype),
-                    d=jnp.zeros_like(flat),
-                    ratio=ratio,
-                )
-                end = jax.lax.while_loop(lambda s: s.phase < 4, split_step, start)
-                return jnp.asarray(False), _trees.unravel(end.d, here.params), end.ratio
-
-            # A loop of at most one trip: what it needs is made only where it runs.
-            _, d, ratio = jax.lax.while_loop(lambda c: c[0], run, (needed, d, ratio))
-            return d, ratio
+        space = _sample_space(here, damping)
+        inverse = jnp.where(damping > 0, 1 / jnp.where(damping > 0, damping, 1), 1)
 
         def solve(g: Tree, state: tuple[()]) -> tuple[Tree, tuple[()], Report]:
-            y = rows.product(g)
-            w = damped_solve(y)
-            d = _trees.add_scaled(rows.transposed_product(-inverse * w), inverse, g)
-            # The residual is R^T r / damping for the sample-space residual r.
-            r, g_norm = left(y, w), norm(g)
-            spread = jnp.sqrt(jnp.maximum(jnp.dot(r, _symmetric.matvec(gram, r)), 0))
-            ratio = inverse * spread / jnp.where(g_norm > 0, g_norm, 1)
-            # What the subtraction may have lost, against what is left, ||g - R^T w||.
-            lost = eps * (g_norm + jnp.sqrt(size) * jnp.linalg.norm(w))
-            kept = g_norm**2 - 2 * jnp.dot(y, w) + jnp.dot(w, _symmetric.matvec(gram, w))
-            needed = factor.eigen_taken | ~((lost / _LOST) ** 2 <= kept)
-            d, ratio = split(g, d, ratio, needed)
-            # R d = w, so the part of d in the row space is R^T (R R^T)^+ w. A diagnostic must stay
-            # cheap beside the factorisation: where that is large, three iterations have to do, and
-            # modes far below the damping count as outside.
-            few = 64 if gram.shape[0] <= 256 else 3
-            inside = jnp.dot(w, in_range(w, iterations=few))
-            share = _solver.outside_share(inside, _trees.vdot(d, d, here.dtype))
+            y = space.rows.product(g)
+            w = space.solve(y)
+            inside = space.rows.transposed_product(w)
+            d = jax.tree.map(lambda g, r: inverse * (g - r), g, inside)
+            found = _judge(space, y, w, d)
+            d, found = _correct(space, found, d)
+            share = _solver.outside_share(_inside_squared(space, found.w), found.d_squared)
             outcome = _solver.report(
-                relative_residual=ratio,
+                relative_residual=found.residual,
                 outside_row_space=share,
-                eigen_taken=factor.eigen_taken,
+                eigen_taken=space.eigen_taken,
+                # g^T d = d^T (F + damping I) d, with R d = w: a sum of squares.
+                grad_dot_direction=jnp.dot(found.w, found.w) + damping * found.d_squared,
             )
             return d, state, outcome
 
         return solve, state
 
     return Solver("woodbury", _solver.stateless, prepare, needs_rows=True)
+
+
+class _SampleSpace(NamedTuple):
+    """R, K = R R^T, and b -> (K + damping I)^-1 b, which drops the null space of K if it is met."""
+
+    rows: Jacobian
+    gram: jax.Array
+    norm: jax.Array
+    damping: jax.Array
+    solve: Callable[[jax.Array], jax.Array]
+    eigen_taken: jax.Array
+
+    def row_norm(self, u: jax.Array) -> jax.Array:
+        """||R^T u||."""
+        return jnp.sqrt(jnp.maximum(jnp.dot(u, _symmetric.matvec(self.gram, u)), 0))
+
+    def left(self, b: jax.Array, x: jax.Array) -> jax.Array:
+        """b - (K + damping I) x."""
+        return b - _symmetric.matvec(self.gram, x) - self.damping * x
+
+
+class _Found(NamedTuple):
+    """What is known of a direction d.
+
+    Attributes:
+      w: what R d is to be, (M,): g = R^T w + damping d, up to rounding.
+      d_squared: ||d||^2.
+      g_norm: ||g||.
+      outside: ||g - R^T w|| for damping 0, which no direction can make up for; 0 otherwise.
+      residual: ||(F + damping I) d - g|| / ||g||.
+      doubtful: whether digits are missing.
+    """
+
+    w: jax.Array
+    d_squared: jax.Array
+    g_norm: jax.Array
+    outside: jax.Array
+    residual: jax.Array
+    doubtful: jax.Array
+
+
+def _sample_space(here: Curvature, damping: jax.Array) -> _SampleSpace:
+    rows = here.jacobian()
+    gram = rows.gram()
+    norm = jnp.linalg.norm(gram)
+    # A pivot within the rounding of the Gram matrix says that repeated rows, not the damping,
+    # decide what the factor holds.
+    floor = 10 * jnp.finfo(here.dtype).eps * norm
+    factor = _symmetric.factorize(gram, damping, floor=floor, in_range=True)
+    space = _SampleSpace(rows, gram, norm, damping, factor.solve, factor.eigen_taken)
+    if here.dtype != jnp.float32:
+        return space
+
+    def refined(b: jax.Array) -> jax.Array:
+        x = factor.solve(b)
+        return x + factor.solve(space.left(b, x))
+
+    return space._replace(solve=refined)
+
+
+def _judge(space: _SampleSpace, y: jax.Array, w: jax.Array, d: Tree) -> _Found:
+    """Measures d = (g - R^T w) / damping, or g - R^T w for damping 0, in sample space."""
+    damped = space.damping > 0
+    scale = jnp.where(damped, space.damping, 1)
+    pushed = _symmetric.matvec(space.gram, w)
+    d_squared = _trees.vdot(d, d, w.dtype)
+    kept = scale * jnp.sqrt(d_squared)
+    # ||R^T w + damping d||, with R d = w.
+    along = jnp.maximum(jnp.dot(w, pushed + 2 * space.damping * w), 0)
+    g_norm = jnp.sqrt(kept**2 + along)
+    # R d = w + left / damping.
+    residual = _ratio(space.row_norm(space.left(y, w)) / scale, g_norm)
+    rounding = jnp.finfo(w.dtype).eps * (g_norm + jnp.sqrt(space.norm) * jnp.linalg.norm(w))
+    sound = ~space.eigen_taken & (rounding <= _LOST * kept) & (residual <= _RESIDUAL)
+    return _Found(w, d_squared, g_norm, jnp.where(damped, 0, kept), residual, ~sound)
+
+
+class _Round(NamedTuple):
+    """A correction; `error` is ||R^T (w - R d)||, what it corrects."""
+
+    count: jax.Array  # type: ignore[assignment]  # a field, not tuple.count
+    w: jax.Array
+    d: jax.Array
+    outside: jax.Array
+    error: jax.Array
+    going: jax.Array
+
+
+def _correct(space: _SampleSpace, found: _Found, d: Tree) -> tuple[Tree, _Found]:
+    """d + R^T (K + damping I)^-1 (w - R d), where digits are missing.
+
+    The residual of d is R^T (w - R d) whatever rounding has done to d and w, so it is taken in
+    sample space, and what solves for it there is pushed through: no subtraction, no division by the
+    damping. Correcting d by R^T v corrects w by - damping v. With damping 0, d comes as
+    g - R^T w: a first round takes the rest of the rows out of it, the next makes d of w.
+    One product and one transposed product, on raveled vectors: it rarely runs, and compiles fast.
+    """
+    damping = space.damping
+
+    def step(s: _Round) -> _Round:
+        projecting = (damping <= 0) & (s.count == 0)
+        y = space.rows.product(_trees.unravel(s.d, d))
+        wrong = jnp.where(projecting, y, s.w - y)
+        error = space.row_norm(wrong)
+        # What grew has met rounding divided by a tiny damping: more of it would not help.
+        v = jnp.where(projecting | (error < s.error), space.solve(wrong), 0)
+        back = _trees.ravel(space.rows.transposed_product(jnp.where(projecting, 0, v)))
+        rest = jnp.dot(s.d, s.d) - 2 * jnp.dot(v, y) + space.row_norm(v) ** 2
+        return _Round(
+            count=s.count + 1,
+            w=s.w + jnp.where(projecting, 1, -damping) * v,
+            d=jnp.where(projecting, 0, s.d) + back,
+            outside=jnp.where(projecting, jnp.sqrt(jnp.maximum(rest, 0)), s.outside),
+            error=jnp.where(projecting, s.error, jnp.minimum(error, s.error)),
+            going=projecting | ((error < s.error) & (error > _LOST * found.g_norm)),
+        )
+
+    def run(carry: tuple[Tree, _Found]) -> tuple[Tree, _Found]:
+        start = _Round(
+            count=jnp.zeros((), jnp.int32),
+            w=found.w,
+            d=_trees.ravel(carry[0]),
+            outside=found.outside,
+            error=jnp.full_like(found.residual, jnp.inf),
+            going=jnp.asarray(True),
+        )
+        end = jax.lax.while_loop(lambda s: s.going & (s.count < _ROUNDS), step, start)
+        return _trees.unravel(end.d, d), found._replace(
+            w=end.w,
+            d_squared=jnp.dot(end.d, end.d),
+            outside=end.outside,
+            residual=_ratio(jnp.hypot(end.error, end.outside), found.g_norm),
+            doubtful=jnp.asarray(False),
+        )
+
+    # A loop of at most one trip: what it needs is made only where it runs.
+    return jax.lax.while_loop(lambda carry: carry[1].doubtful, run, (d, found))
+
+
+def _inside_squared(space: _SampleSpace, w: jax.Array) -> jax.Array:
+    """The squared norm of the part of d in the row space, w^T K^+ w for R d = w.
+
+    A diagnostic must stay cheap beside the factorisation: where that is large, three iterations
+    have to do, and modes far below the damping count as outside.
+    """
+    few = 64 if w.shape[0] <= 256 else 3
+    return jnp.dot(w, _symmetric.solve_in_range(space.gram, space.solve, w, iterations=few))
+
+
+def _ratio(norm: jax.Array, of: jax.Array) -> jax.Array:
+    return jnp.where(of > 0, norm / jnp.where(of > 0, of, 1), 0)

@@ -91,7 +91,8 @@ def factorize(
     upper = jax.lax.linalg.cholesky(damped.T, symmetrize_input=False).T
     pivots = jnp.diagonal(upper) ** 2
     smallest, largest = jnp.min(pivots, initial=jnp.inf), jnp.max(pivots, initial=0)
-    sound = jnp.all(jnp.isfinite(pivots)) & (smallest > jnp.finfo(dtype).eps * largest)
+    # False for NaN and infinity, too.
+    sound = smallest > jnp.finfo(dtype).eps * largest
     needed = (damping <= 0) | ~((sound & (smallest > floor)) | (n == 0))
 
     def run(carry: tuple[jax.Array, Eigen]) -> tuple[jax.Array, Eigen]:
@@ -101,9 +102,10 @@ def factorize(
     start = Eigen(jnp.zeros((n,), dtype), upper)
     _, (values, kept) = jax.lax.while_loop(lambda c: c[0], run, (needed, start))
 
+    gains = damped_inverse(values, damping)
+    gains = jnp.where(values == 0, 0, gains) if in_range else gains
+
     def by_eigen(b: jax.Array) -> jax.Array:
-        gains = damped_inverse(values, damping)
-        gains = jnp.where(values == 0, 0, gains) if in_range else gains
         return matvec(kept, gains * matvec(kept.T, b))
 
     def by_cholesky(b: jax.Array) -> jax.Array:

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 
 Tree = Any
 
+#: Leaves of at most so many scalars are reduced together.
+_SMALL = 4096
+
 
 def work_dtype(*trees: Tree) -> jnp.dtype:
     """The dtype linear algebra runs in: float64 when any leaf is, float32 otherwise."""
@@ -58,16 +61,23 @@ def unravel(vector: jax.Array, like: Tree) -> Tree:
     return jax.tree.unflatten(treedef, pieces)
 
 
+def _pieces(tree: Tree) -> list[jax.Array]:
+    """The leaves, all small ones as one vector: a kernel for each costs compilation, and no more."""
+    leaves = jax.tree.leaves(tree)
+    small = [leaf.reshape(-1) for leaf in leaves if leaf.size <= _SMALL]
+    return [leaf for leaf in leaves if leaf.size > _SMALL] + ([jnp.concatenate(small)] if small else [])
+
+
 def max_abs(tree: Tree, dtype: jnp.dtype) -> jax.Array:
-    """The largest absolute value in a tree, 0 for a tree without scalars."""
+    """The largest absolute value in a tree of one dtype, 0 for a tree without scalars."""
     # A stacked reduction: XLA would copy a chain of scalar operations into whatever uses its end.
-    parts = [jnp.max(jnp.abs(leaf), initial=0).astype(dtype) for leaf in jax.tree.leaves(tree)]
+    parts = [jnp.max(jnp.abs(piece), initial=0).astype(dtype) for piece in _pieces(tree)]
     return jnp.max(jnp.stack(parts), initial=0) if parts else jnp.zeros((), dtype)
 
 
 def vdot(a: Tree, b: Tree, dtype: jnp.dtype) -> jax.Array:
     """The inner product of two trees of one dtype, at full precision."""
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    pairs = zip(_pieces(a), _pieces(b), strict=True)
     parts = [jnp.vdot(x, y, precision=jax.lax.Precision.HIGHEST).astype(dtype) for x, y in pairs]
     return jnp.sum(jnp.stack(parts)) if parts else jnp.zeros((), dtype)
 

@@ -69,7 +69,7 @@ def woodbury() -> Solver:
 
         def solve(g: Tree, state: tuple[()]) -> tuple[Tree, tuple[()], Report]:
             y = space.rows.product(g)
-            w = space.solve(y)
+            w = _solve(space, y)
             inside = space.rows.transposed_product(w)
             d = jax.tree.map(lambda g, r: inverse * (g - r), g, inside)
             found = _judge(space, y, w, d)
@@ -136,15 +136,16 @@ def _sample_space(here: Curvature, damping: jax.Array) -> _SampleSpace:
     # decide what the factor holds.
     floor = 10 * jnp.finfo(here.dtype).eps * norm
     factor = _symmetric.factorize(gram, damping, floor=floor, in_range=True)
-    space = _SampleSpace(rows, gram, norm, damping, factor.solve, factor.eigen_taken)
-    if here.dtype != jnp.float32:
-        return space
+    return _SampleSpace(rows, gram, norm, damping, factor.solve, factor.eigen_taken)
 
-    def refined(b: jax.Array) -> jax.Array:
-        x = factor.solve(b)
-        return x + factor.solve(space.left(b, x))
 
-    return space._replace(solve=refined)
+def _solve(space: _SampleSpace, y: jax.Array) -> jax.Array:
+    """(K + damping I)^-1 y, in float32 with one step of refinement."""
+    if y.dtype != jnp.float32:
+        return space.solve(y)
+    # A loop holds one solve, where two in a row would be compiled twice.
+    again = lambda _, w: w + space.solve(space.left(y, w))
+    return jax.lax.fori_loop(0, 2, again, jnp.zeros_like(y))
 
 
 def _judge(space: _SampleSpace, y: jax.Array, w: jax.Array, d: Tree) -> _Found:

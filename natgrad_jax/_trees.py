@@ -65,7 +65,9 @@ def _pieces(tree: Tree) -> list[jax.Array]:
     """The leaves, all small ones as one vector: a kernel for each costs compilation, and no more."""
     leaves = jax.tree.leaves(tree)
     small = [leaf.reshape(-1) for leaf in leaves if leaf.size <= _SMALL]
-    return [leaf for leaf in leaves if leaf.size > _SMALL] + ([jnp.concatenate(small)] if small else [])
+    return [leaf for leaf in leaves if leaf.size > _SMALL] + (
+        [jnp.concatenate(small)] if small else []
+    )
 
 
 def max_abs(tree: Tree, dtype: jnp.dtype) -> jax.Array:

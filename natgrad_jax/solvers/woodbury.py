@@ -23,8 +23,8 @@ _LOST = 1e-4
 #: So may what Cholesky leaves, relative to the gradient.
 _RESIDUAL = 1e-2
 
-#: Corrections, at most; the first one leaves rounding behind, unless the damping is tiny.
-_ROUNDS = 4
+#: Rounds of one solve, at most; one correction leaves rounding behind, unless the damping is tiny.
+_ROUNDS = 5
 
 
 def woodbury() -> Solver:
@@ -65,24 +65,22 @@ def woodbury() -> Solver:
 
     def prepare(here: Curvature, damping: jax.Array, state: tuple[()]) -> tuple[Solve, tuple[()]]:
         space = _sample_space(here, damping)
-        inverse = jnp.where(damping > 0, 1 / jnp.where(damping > 0, damping, 1), 1)
 
         def solve(g: Tree, state: tuple[()]) -> tuple[Tree, tuple[()], Report]:
-            y = space.rows.product(g)
-            w = _solve(space, y)
-            inside = space.rows.transposed_product(w)
-            d = jax.tree.map(lambda g, r: inverse * (g - r), g, inside)
-            found = _judge(space, y, w, d)
-            d, found = _correct(space, found, d)
-            share = _solver.outside_share(_inside_squared(space, found.w), found.d_squared)
+            # One product of R and one transposed product a round, and nearly always one round: a
+            # loop compiles them once, the rounds that rarely run included.
+            unfinished = lambda s: s.going & (s.count < _ROUNDS)
+            end = jax.lax.while_loop(unfinished, lambda s: _round(space, s), _start(g, here, space))
             outcome = _solver.report(
-                relative_residual=found.residual,
-                outside_row_space=share,
+                relative_residual=_ratio(jnp.hypot(end.error, end.outside), end.g_norm),
+                outside_row_space=_solver.outside_share(
+                    _inside_squared(space, end.w), end.d_squared
+                ),
                 eigen_taken=space.eigen_taken,
                 # g^T d = d^T (F + damping I) d, with R d = w: a sum of squares.
-                grad_dot_direction=jnp.dot(found.w, found.w) + damping * found.d_squared,
+                grad_dot_direction=jnp.dot(end.w, end.w) + damping * end.d_squared,
             )
-            return d, state, outcome
+            return end.d, state, outcome
 
         return solve, state
 
@@ -99,33 +97,9 @@ class _SampleSpace(NamedTuple):
     solve: Callable[[jax.Array], jax.Array]
     eigen_taken: jax.Array
 
-    def row_norm(self, u: jax.Array) -> jax.Array:
-        """||R^T u||."""
-        return jnp.sqrt(jnp.maximum(jnp.dot(u, _symmetric.matvec(self.gram, u)), 0))
-
     def left(self, b: jax.Array, x: jax.Array) -> jax.Array:
         """b - (K + damping I) x."""
         return b - _symmetric.matvec(self.gram, x) - self.damping * x
-
-
-class _Found(NamedTuple):
-    """What is known of a direction d.
-
-    Attributes:
-      w: what R d is to be, (M,): g = R^T w + damping d, up to rounding.
-      d_squared: ||d||^2.
-      g_norm: ||g||.
-      outside: ||g - R^T w|| for damping 0, which no direction can make up for; 0 otherwise.
-      residual: ||(F + damping I) d - g|| / ||g||.
-      doubtful: whether digits are missing.
-    """
-
-    w: jax.Array
-    d_squared: jax.Array
-    g_norm: jax.Array
-    outside: jax.Array
-    residual: jax.Array
-    doubtful: jax.Array
 
 
 def _sample_space(here: Curvature, damping: jax.Array) -> _SampleSpace:
@@ -148,83 +122,85 @@ def _solve(space: _SampleSpace, y: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, 2, again, jnp.zeros_like(y))
 
 
-def _judge(space: _SampleSpace, y: jax.Array, w: jax.Array, d: Tree) -> _Found:
-    """Measures d = (g - R^T w) / damping, or g - R^T w for damping 0, in sample space."""
-    damped = space.damping > 0
-    scale = jnp.where(damped, space.damping, 1)
-    pushed = _symmetric.matvec(space.gram, w)
-    d_squared = _trees.vdot(d, d, w.dtype)
-    kept = scale * jnp.sqrt(d_squared)
-    # ||R^T w + damping d||, with R d = w.
-    along = jnp.maximum(jnp.dot(w, pushed + 2 * space.damping * w), 0)
-    g_norm = jnp.sqrt(kept**2 + along)
-    # R d = w + left / damping.
-    residual = _ratio(space.row_norm(space.left(y, w)) / scale, g_norm)
-    rounding = jnp.finfo(w.dtype).eps * (g_norm + jnp.sqrt(space.norm) * jnp.linalg.norm(w))
-    sound = ~space.eigen_taken & (rounding <= _LOST * kept) & (residual <= _RESIDUAL)
-    return _Found(w, d_squared, g_norm, jnp.where(damped, 0, kept), residual, ~sound)
-
-
 class _Round(NamedTuple):
-    """A correction; `error` is ||R^T (w - R d)||, what it corrects."""
+    """Where a solve stands.
+
+    Attributes:
+      count: rounds so far.
+      d: the direction; before the first round g.
+      w: what R d is to be, (M,): g = R^T w + damping d, up to rounding.
+      d_squared: ||d||^2.
+      g_norm: ||g||.
+      error: ||R^T (w - R d)||, all that (F + damping I) d lacks of R^T w + damping d.
+      outside: ||g - R^T w|| for damping 0, which no direction can make up for; 0 otherwise.
+      going: whether digits are missing.
+    """
 
     count: jax.Array  # type: ignore[assignment]  # a field, not tuple.count
+    d: Tree
     w: jax.Array
-    d: jax.Array
-    outside: jax.Array
+    d_squared: jax.Array
+    g_norm: jax.Array
     error: jax.Array
+    outside: jax.Array
     going: jax.Array
 
 
-def _correct(space: _SampleSpace, found: _Found, d: Tree) -> tuple[Tree, _Found]:
-    """d + R^T (K + damping I)^-1 (w - R d), where digits are missing.
+def _start(g: Tree, here: Curvature, space: _SampleSpace) -> _Round:
+    zero = jnp.zeros((), here.dtype)
+    w = jnp.zeros(space.gram.shape[:1], here.dtype)
+    count, going = jnp.zeros((), jnp.int32), jnp.asarray(True)
+    return _Round(count, g, w, zero, zero, zero, zero, going)
+
+
+def _round(space: _SampleSpace, s: _Round) -> _Round:
+    """The formula first, then corrections d + R^T (K + damping I)^-1 (w - R d).
 
     The residual of d is R^T (w - R d) whatever rounding has done to d and w, so it is taken in
     sample space, and what solves for it there is pushed through: no subtraction, no division by the
-    damping. Correcting d by R^T v corrects w by - damping v. With damping 0, d comes as
-    g - R^T w: a first round takes the rest of the rows out of it, the next makes d of w.
-    One product and one transposed product, on raveled vectors: it rarely runs, and compiles fast.
+    damping. Correcting d by R^T v corrects w by - damping v. With damping 0, the first round leaves
+    g - R^T w, the second takes the rest of the rows out of it, the next makes d of w.
     """
-    damping = space.damping
+    damping, damped = space.damping, space.damping > 0
+    scale = jnp.where(damped, damping, 1)
+    first, projecting = s.count == 0, ~damped & (s.count == 1)
+    y = space.rows.product(s.d)
+    wrong = jnp.where(first | projecting, y, s.w - y)
+    v = _solve(space, wrong)
+    pushed = _symmetric.matvec(space.gram, v)
+    # The formula has R d = v + left / damping.
+    missing = jnp.where(first, (y - pushed - damping * v) / scale, wrong)
+    error = _root(jnp.dot(missing, _symmetric.matvec(space.gram, missing)))
+    # What grew has met rounding divided by a tiny damping: more of it would not help.
+    better = (s.count <= jnp.where(damped, 1, 2)) | (error < s.error)
+    v = jnp.where(better, v, 0)
+    keep = jnp.where(first, 1 / scale, jnp.where(projecting, 0, 1))
+    add = jnp.where(first, -1 / scale, keep)
+    back = space.rows.transposed_product(v)
+    d = jax.tree.map(lambda d, t: keep * d + add * t, s.d, back)
+    d_squared = _trees.vdot(d, d, v.dtype)
+    # After the formula, scale d is g - R^T v; g is R^T v + damping d with R d = v.
+    kept = scale * jnp.sqrt(d_squared)
+    g_norm = jnp.where(first, _root(kept**2 + jnp.dot(v, pushed + 2 * damping * v)), s.g_norm)
+    rounding = jnp.finfo(v.dtype).eps * (g_norm + jnp.sqrt(space.norm) * jnp.linalg.norm(v))
+    sound = ~space.eigen_taken & (rounding <= _LOST * kept) & (error <= _RESIDUAL * g_norm)
+    rest = s.d_squared - 2 * jnp.dot(v, y) + jnp.dot(v, pushed)
+    outside = jnp.where(first, kept, jnp.where(projecting, _root(rest), s.outside))
+    return _Round(
+        count=s.count + 1,
+        d=d,
+        w=s.w + jnp.where(first | projecting, 1, -damping) * v,
+        d_squared=d_squared,
+        g_norm=g_norm,
+        error=jnp.where(better, error, s.error),
+        outside=jnp.where(damped, 0, outside),
+        going=jnp.where(first, ~sound, projecting | (better & (error > _LOST * g_norm))),
+    )
 
-    def step(s: _Round) -> _Round:
-        projecting = (damping <= 0) & (s.count == 0)
-        y = space.rows.product(_trees.unravel(s.d, d))
-        wrong = jnp.where(projecting, y, s.w - y)
-        error = space.row_norm(wrong)
-        # What grew has met rounding divided by a tiny damping: more of it would not help.
-        v = jnp.where(projecting | (error < s.error), space.solve(wrong), 0)
-        back = _trees.ravel(space.rows.transposed_product(jnp.where(projecting, 0, v)))
-        rest = jnp.dot(s.d, s.d) - 2 * jnp.dot(v, y) + space.row_norm(v) ** 2
-        return _Round(
-            count=s.count + 1,
-            w=s.w + jnp.where(projecting, 1, -damping) * v,
-            d=jnp.where(projecting, 0, s.d) + back,
-            outside=jnp.where(projecting, jnp.sqrt(jnp.maximum(rest, 0)), s.outside),
-            error=jnp.where(projecting, s.error, jnp.minimum(error, s.error)),
-            going=projecting | ((error < s.error) & (error > _LOST * found.g_norm)),
-        )
 
-    def run(carry: tuple[Tree, _Found]) -> tuple[Tree, _Found]:
-        start = _Round(
-            count=jnp.zeros((), jnp.int32),
-            w=found.w,
-            d=_trees.ravel(carry[0]),
-            outside=found.outside,
-            error=jnp.full_like(found.residual, jnp.inf),
-            going=jnp.asarray(True),
-        )
-        end = jax.lax.while_loop(lambda s: s.going & (s.count < _ROUNDS), step, start)
-        return _trees.unravel(end.d, d), found._replace(
-            w=end.w,
-            d_squared=jnp.dot(end.d, end.d),
-            outside=end.outside,
-            residual=_ratio(jnp.hypot(end.error, end.outside), found.g_norm),
-            doubtful=jnp.asarray(False),
-        )
-
-    # A loop of at most one trip: what it needs is made only where it runs.
-    return jax.lax.while_loop(lambda carry: carry[1].doubtful, run, (d, found))
+def _root(square: jax.Array) -> jax.Array:
+    """The root of what rounding may have made negative."""
+    return jnp.sqrt(jnp.maximum(square, 0))
 
 
 def _inside_squared(space: _SampleSpace, w: jax.Array) -> jax.Array:

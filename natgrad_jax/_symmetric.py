@@ -5,6 +5,7 @@ a `while_loop` of at most one trip: unlike `cond`, which runs both branches unde
 only if some lane needs it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -118,7 +119,8 @@ def factorize(
 
 
 def solve_in_range(
-    matrix: jax.Array,
+    size: jax.Array,
+    damping: jax.Array,
     solve: Callable[[jax.Array], jax.Array],
     b: jax.Array,
     *,
@@ -126,11 +128,13 @@ def solve_in_range(
 ) -> jax.Array:
     """A^+ b for b in the range of A, by conjugate gradients preconditioned with (A + damping I)^-1.
 
-    The preconditioned eigenvalues h / (h + damping) cluster at 1, so a few products with A suffice;
-    modes far below the damping come last and are the first to be given up.
+    The preconditioned eigenvalues h / (h + damping) cluster at 1, so a few solves suffice; modes
+    far below the damping come last and are the first to be given up. Of the preconditioned
+    residual z it is known that A z = r - damping z: there are no products with A.
 
     Args:
-      matrix: A, positive semi-definite (n, n).
+      size: a norm of A, positive semi-definite (n, n).
+      damping: scalar.
       solve: b -> (A + damping I)^-1 b.
       b: (n,).
       iterations: at most so many.
@@ -138,14 +142,15 @@ def solve_in_range(
     Returns:
       A^+ b, (n,).
     """
-    tolerance = 10 * jnp.finfo(matrix.dtype).eps
-    norm = jnp.max(jnp.sum(jnp.abs(matrix), axis=1), initial=0)
-    rounding = 4 * matrix.shape[0] * jnp.finfo(matrix.dtype).eps * norm
+    eps = jnp.finfo(b.dtype).eps
+    rounding = 4 * b.shape[0] * eps * size
+    dot = functools.partial(jnp.dot, precision=_HIGHEST)
 
     class State(NamedTuple):
         x: jax.Array
         r: jax.Array
         p: jax.Array
+        ap: jax.Array
         rho: jax.Array
         first: jax.Array
         count: jax.Array  # type: ignore[assignment]  # a field, not tuple.count
@@ -153,21 +158,21 @@ def solve_in_range(
 
     def step(s: State) -> State:
         z = solve(s.r)
-        rho = jnp.dot(s.r, z, precision=_HIGHEST)
-        p = z + jnp.where(s.count > 0, rho / s.rho, 0) * s.p
-        ap = matvec(matrix, p)
-        curvature = jnp.dot(p, ap, precision=_HIGHEST)
+        rho = dot(s.r, z)
+        beta = jnp.where(s.count > 0, rho / s.rho, 0)
+        p, ap = z + beta * s.p, s.r - damping * z + beta * s.ap
+        curvature = dot(p, ap)
         # A direction whose curvature is rounding lies in the null space: what is left is noise.
-        null = curvature <= rounding * jnp.dot(p, p, precision=_HIGHEST)
+        null = curvature <= rounding * dot(p, p)
         alpha = jnp.where(null, 0, rho / jnp.where(null, 1, curvature))
         first = jnp.where(s.count > 0, s.first, rho)
-        going = ~null & (rho > tolerance * first)
-        return State(s.x + alpha * p, s.r - alpha * ap, p, rho, first, s.count + 1, going)
+        going = ~null & (rho > 10 * eps * first)
+        return State(s.x + alpha * p, s.r - alpha * ap, p, ap, rho, first, s.count + 1, going)
 
     def unfinished(s: State) -> jax.Array:
         return s.going & (s.count < iterations)
 
     zero = jnp.zeros_like(b)
     one = jnp.ones((), b.dtype)
-    start = State(zero, b, zero, one, one, jnp.zeros((), jnp.int32), jnp.asarray(True))
+    start = State(zero, b, zero, zero, one, one, jnp.zeros((), jnp.int32), jnp.asarray(True))
     return jax.lax.while_loop(unfinished, step, start).x

@@ -1,6 +1,7 @@
 """The algebra of rows in factored form, sum_t left_t (x) right_t, without forming them."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -186,7 +187,7 @@ def _aligned(index: jax.Array) -> jax.Array:
 
 def _matrix(x: jax.Array) -> jax.Array:
     """(N, C, 1, T, k) to (N C T, k): XLA copies operands of products with axes of size one."""
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _pairs(one: jax.Array, two: jax.Array) -> jax.Array:
@@ -225,7 +226,8 @@ def product(place: Place, part: Part, tangent: jax.Array) -> jax.Array:
     if part.looks_up:
         picked = entries[jnp.arange(place.sizes[0])[:, None], part.left]
     elif place.sizes[0] == 1:
-        picked = _matmul(_matrix(part.left), entries[0]).reshape(*part.left.shape[:4], -1)
+        shape = *part.left.shape[:4], place.sizes[2]
+        picked = _matmul(_matrix(part.left), entries[0]).reshape(shape)
     else:
         picked = _einsum("ncbtp,bpq->ncbtq", part.left, entries)
     if picked.shape[1] == part.right.shape[1] == 1:

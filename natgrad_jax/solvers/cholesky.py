@@ -61,7 +61,9 @@ def cholesky() -> Solver:
                 return jnp.asarray(_solver.NOT_MEASURED, here.dtype)
             pushed = _symmetric.matvec(matrix, d)
             few = 64 if matrix.shape[0] <= 256 else 8  # a diagnostic must stay cheap
-            inside = _symmetric.solve_in_range(matrix, factor.solve, pushed, iterations=few)
+            inside = _symmetric.solve_in_range(
+                jnp.linalg.norm(matrix), damping, factor.solve, pushed, iterations=few
+            )
             share = _solver.outside_share(jnp.sum(inside**2), jnp.sum(d**2))
             return jnp.where(damping > 0, share, 0)
 

@@ -210,7 +210,8 @@ def _inside_squared(space: _SampleSpace, w: jax.Array) -> jax.Array:
     have to do, and modes far below the damping count as outside.
     """
     few = 64 if w.shape[0] <= 256 else 3
-    return jnp.dot(w, _symmetric.solve_in_range(space.gram, space.solve, w, iterations=few))
+    inside = _symmetric.solve_in_range(space.norm, space.damping, space.solve, w, iterations=few)
+    return jnp.dot(w, inside)
 
 
 def _ratio(norm: jax.Array, of: jax.Array) -> jax.Array:

@@ -191,8 +191,9 @@ def test_solve_in_range_is_the_pseudo_inverse_on_the_range():
 
     @jax.jit
     def solve(matrix, b):
-        factor = _symmetric.factorize(matrix, jnp.asarray(0.1))
-        return _symmetric.solve_in_range(matrix, factor.solve, b)
+        damping = jnp.asarray(0.1)
+        factor = _symmetric.factorize(matrix, damping)
+        return _symmetric.solve_in_range(jnp.linalg.norm(matrix), damping, factor.solve, b)
 
     expected = np.linalg.pinv(matrix, rcond=1e-12, hermitian=True) @ b
     np.testing.assert_allclose(solve(matrix, b), expected, atol=1e-7 * np.linalg.norm(expected))

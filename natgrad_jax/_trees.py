@@ -62,7 +62,7 @@ def unravel(vector: jax.Array, like: Tree) -> Tree:
 
 
 def _pieces(tree: Tree) -> list[jax.Array]:
-    """The leaves, all small ones as one vector: a kernel for each costs compilation, and no more."""
+    """The leaves, all small ones as one vector: a kernel for each would only cost compilation."""
     leaves = jax.tree.leaves(tree)
     small = [leaf.reshape(-1) for leaf in leaves if leaf.size <= _SMALL]
     return [leaf for leaf in leaves if leaf.size > _SMALL] + (

@@ -10,7 +10,7 @@ from natgrad_jax import _boundary
 from natgrad_jax import _trees
 from natgrad_jax.jacobian import assemble
 from natgrad_jax.jacobian import engine
-from natgrad_jax.jacobian import factored
+from natgrad_jax.jacobian import gram
 from natgrad_jax.jacobian.factored import Factor
 from natgrad_jax.jacobian.factored import Part
 from natgrad_jax.jacobian.joined import leaves_behind
@@ -223,9 +223,7 @@ def _form(index: int, own: list[Factor], made: engine.Plan) -> tuple[str, str]:
 def _gram_operations(factor: Factor) -> int:
     parts = [part for part in factor.parts if part is not None]
     return sum(
-        min(factored.gram_cost(factor.place, one, two))
-        for i, one in enumerate(parts)
-        for two in parts[i:]
+        min(gram.cost(factor.place, one, two)) for i, one in enumerate(parts) for two in parts[i:]
     )
 
 

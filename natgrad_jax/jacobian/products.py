@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from natgrad_jax.jacobian import columns
 from natgrad_jax.jacobian import factored
+from natgrad_jax.jacobian import gram as grams
 from natgrad_jax.jacobian.columns import RowGroup
 from natgrad_jax.jacobian.factored import Factor
 from natgrad_jax.jacobian.factored import Place
@@ -83,9 +84,9 @@ def jacobian_of_factors(
             for h, second in list(enumerate(groups))[g:]:
                 shape = (first.examples, first.columns, second.examples, second.columns)
                 terms = [
-                    factored.gram(place, own[g], own[h])
-                    for place, own in factors
-                    if own[g] is not None and own[h] is not None
+                    grams.block(place, parts[g], parts[h])
+                    for place, parts in factors
+                    if parts[g] is not None and parts[h] is not None
                 ]
                 blocks[g, h] = functools.reduce(jnp.add, terms, jnp.zeros(shape, dtype))
         matrix = columns.to_matrix(groups, blocks)
@@ -128,7 +129,7 @@ def jacobian_of_factors(
         for place, own in factors:
             for g, part in enumerate(own):
                 if part is not None:
-                    parts[g] = parts[g] + factored.squared_norms(place, part)
+                    parts[g] = parts[g] + grams.squared_norms(place, part)
         return columns.to_rows(groups, parts)
 
     return Jacobian(

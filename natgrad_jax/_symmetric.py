@@ -41,7 +41,7 @@ def matvec(matrix: jax.Array, vector: jax.Array) -> jax.Array:
 
 def eigen(matrix: jax.Array, *, definite: bool) -> Eigen:
     """Eigendecomposition whose spectrum is cut at eps * n * (largest |eigenvalue|)."""
-    values, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
+    values, vectors = jnp.linalg.eigh(matrix.T, symmetrize_input=False)
     size = jnp.abs(values)
     cut = jnp.finfo(matrix.dtype).eps * matrix.shape[0] * jnp.max(size, initial=0)
     kept = (values if definite else size) > cut

@@ -14,8 +14,10 @@ from natgrad_jax import _random
 from natgrad_jax import _trees
 from natgrad_jax import examples
 from natgrad_jax.jacobian import Jacobian
+from natgrad_jax.jacobian import Kronecker
 from natgrad_jax.jacobian import has_forward_mode
 from natgrad_jax.jacobian import jacobian as _rows
+from natgrad_jax.jacobian import kronecker as _blocks
 from natgrad_jax.metrics import Metric
 from natgrad_jax.metrics import OutputMetric
 
@@ -35,6 +37,8 @@ class Curvature(NamedTuple):
         call: make it once, outside loops.
       num_rows: () -> M, the rows of R; None when F has no rows.
       jacobian: () -> the rows R of F = R^T R; None when F has no rows.
+      kronecker: () -> the parameters in blocks, with what enters and leaves their uses; None when
+        F has no rows.
     """
 
     params: Tree
@@ -44,6 +48,7 @@ class Curvature(NamedTuple):
     linearize: Callable[[], Linear]
     num_rows: Callable[[], int] | None = None
     jacobian: Callable[[], Jacobian] | None = None
+    kronecker: Callable[[], Kronecker] | None = None
 
 
 def curvature(metric: Metric, params: Tree, batch: Tree, key: jax.Array | None) -> Curvature:
@@ -84,14 +89,19 @@ def curvature(metric: Metric, params: Tree, batch: Tree, key: jax.Array | None) 
         coefficients = lambda p: output_metric(metric.outputs(p, batch)).coefficients
         return _trees.size(jax.eval_shape(lambda p: jax.tree.map(zeros, coefficients(p)), params))
 
-    def jacobian() -> Jacobian:
+    def read(reader: Callable[..., Any]) -> Any:
         at_outputs = output_metric(metric.outputs(params, batch))
         groups = metric.groups(batch)
-        return _rows(
+        return reader(
             metric.name, metric.outputs, params, batch, at_outputs, groups, metric.independent
         )
 
-    return here._replace(linearize=linearize, num_rows=num_rows, jacobian=jacobian)
+    return here._replace(
+        linearize=linearize,
+        num_rows=num_rows,
+        jacobian=lambda: read(_rows),
+        kronecker=lambda: read(_blocks),
+    )
 
 
 def dense_matrix(here: Curvature) -> jax.Array:

@@ -106,7 +106,7 @@ def natural_gradient_direction(
     _boundary.check_batch(caller, batch)
     _boundary.check_like_params(caller, "grads", grads, params)
     solver = AUTOMATIC if solver is None else solver
-    state = solver.init(params)
+    state = solver.init(metric, params)
     core = functools.partial(compiled_direction, metric, solver)
     operands = (grads, params, batch, damping, key, state, None, None, None)
     like = (grads, state, None, empty_info())

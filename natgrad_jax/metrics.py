@@ -191,7 +191,7 @@ def sampled_fisher(
             cotangents = _trees.cast(tangents, _trees.work_dtype(outputs))
             return factor_product(transposed(cotangents)[0])
 
-        return OutputMetric(product, factor_product, coefficients)
+        return OutputMetric(product, factor_product, coefficients, row_weights)
 
     exact = _exact(name, likelihood, weights, groups)
     return Metric(
@@ -382,6 +382,7 @@ def _exact(name, likelihood, weights, groups) -> Callable[..., OutputMetric]:
             lambda v: examples.scale_rows(row_weights, likelihood.fisher_product(outputs, v)),
             lambda u: examples.scale_rows(root, likelihood.fisher_factor_product(outputs, u)),
             output_metrics.coefficients_like(outputs),
+            row_weights,
         )
 
     return output_metric

@@ -19,6 +19,7 @@ class OutputMetric(NamedTuple):
       product: tangents of the outputs to cotangents, v -> W M v.
       factor_product: coefficients to cotangents, u -> W^(1/2) B u, row by row.
       coefficients: shapes and dtypes of u; every leaf has a leading row axis.
+      row_weights: for every output leaf the weights of its rows, (L,).
       removed: None, or the unit vector of coefficients (M,) whose direction is projected out of
         the rows: the roots of the weights, which removes the weighted mean score. (Zero where all
         weights are.)
@@ -27,6 +28,7 @@ class OutputMetric(NamedTuple):
     product: Callable[[Tree], Tree]
     factor_product: Callable[[Tree], Tree]
     coefficients: Tree
+    row_weights: Tree
     removed: jax.Array | None = None
 
 
@@ -37,6 +39,7 @@ def row_metric(outputs: Tree, row_weights: Tree) -> OutputMetric:
         lambda v: examples.scale_rows(row_weights, v),
         lambda u: examples.scale_rows(root, u),
         coefficients_like(outputs),
+        row_weights,
     )
 
 

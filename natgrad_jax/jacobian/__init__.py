@@ -3,3 +3,5 @@
 from natgrad_jax.jacobian._jaxpr import has_forward_mode as has_forward_mode
 from natgrad_jax.jacobian.engine import jacobian as jacobian
 from natgrad_jax.jacobian.interface import Jacobian as Jacobian
+from natgrad_jax.jacobian.kronecker import Kronecker as Kronecker
+from natgrad_jax.jacobian.kronecker import kronecker as kronecker

@@ -32,8 +32,13 @@ def _slow_first(piece: tuple[int, int]) -> int:
     return -piece[1]
 
 
-def part_of(site: Site, record: Any, cotangent: jax.Array, dtype: jnp.dtype) -> Part:
-    """The arrays of a site, laid out as its place says. `cotangent` has columns in front."""
+def part_of(
+    site: Site, record: Any, cotangent: jax.Array, dtype: jnp.dtype, *, apart: bool = False
+) -> Part:
+    """The arrays of a site, laid out as its place says. `cotangent` has columns in front.
+
+    `apart`: every position counts as an example of its own.
+    """
     use, depth = site.use, len(site.loops)
     left, right = use.left, use.right
     for _ in range(depth):
@@ -45,16 +50,24 @@ def part_of(site: Site, record: Any, cotangent: jax.Array, dtype: jnp.dtype) -> 
     gathered = _loops_inside(columns, 1, site.loops)  # (C, N, B, T, q)
     rows = _sorted(jnp.moveaxis(gathered, 0, 1).astype(dtype), use.q, 4)
     if left is None:
-        rows = jnp.sum(rows, axis=3)  # (N, C, B, q)
+        rows = _positions_first(rows)[:, :, :, 0] if apart else jnp.sum(rows, axis=3)
         flat = rows.reshape(*rows.shape[:2], -1)
         q = (*(p for p in b if p[1]), *views.merged(_ordered(use.q)))
         return Part(None, _sorted(flat, q, 2)[:, :, None, None, :])
     inputs = left(record)
     if not jnp.issubdtype(inputs.dtype, jnp.floating):
         index = _loops_inside(inputs[..., None], 0, site.loops)[..., 0][:, None]
-        return Part(_sorted(index, b, 2), _sorted(rows, b, 2))
+        index, rows = _sorted(index, b, 2), _sorted(rows, b, 2)
+        return Part(*map(_positions_first, (index, rows))) if apart else Part(index, rows)
     inputs = _loops_inside(inputs.astype(dtype), 0, site.loops)[:, None]
-    return Part(_sorted(_sorted(inputs, use.p, 4), b, 2), _sorted(rows, b, 2))
+    inputs, rows = _sorted(_sorted(inputs, use.p, 4), b, 2), _sorted(rows, b, 2)
+    return Part(*map(_positions_first, (inputs, rows))) if apart else Part(inputs, rows)
+
+
+def _positions_first(x: jax.Array) -> jax.Array:
+    """(N, C, B, T, ...) to (N T, C, B, 1, ...)."""
+    moved = jnp.moveaxis(x, 3, 1)
+    return moved.reshape(-1, *moved.shape[2:])[:, :, :, None]
 
 
 def _ordered(pieces: Pieces) -> Pieces:
@@ -146,8 +159,8 @@ def _of_one_root(own: list[Placed], groups: int) -> list[Factor]:
         place = own[indices[0]][0]
         parts: list[Part | None] = [None] * groups
         for group in range(groups):
-            same = [_oriented(own[i], place) for i in indices if own[i][1] == group]
-            parts[group] = _along_positions(place, same) if same else None
+            same = [oriented(own[i], place) for i in indices if own[i][1] == group]
+            parts[group] = along_positions(place, same) if same else None
         factors.append(Factor(place, tuple(parts)))
     return factors
 
@@ -157,7 +170,7 @@ def dense_place(leaf: int, shape: tuple[int, ...]) -> Place:
     return Place(leaf, shape, 0, (), (), views.merged(((math.prod(shape), 1),)))
 
 
-def _oriented(entry: Placed, target: Place) -> Part:
+def oriented(entry: Placed, target: Place) -> Part:
     """The part with left and right as in `target`."""
     place, _, part = entry
     if (place.p, place.q) == (target.p, target.q):
@@ -165,7 +178,8 @@ def _oriented(entry: Placed, target: Place) -> Part:
     return Part(part.right, factored.explicit(part, place.sizes[1]))
 
 
-def _along_positions(place: Place, parts: list[Part]) -> Part:
+def along_positions(place: Place, parts: list[Part]) -> Part:
+    """Parts of the same examples at one place as one."""
     if len(parts) == 1:
         return parts[0]
     if all(part.left is None for part in parts):

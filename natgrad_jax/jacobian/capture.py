@@ -6,6 +6,7 @@ on examples. Where the second meets the third, a parameter is used. A zero probe
 example, is added to what leaves the use, so that its cotangent can be read off.
 """
 
+import collections
 import math
 from typing import Any
 
@@ -45,10 +46,14 @@ def read(
     env: dict[Any, Value] = {v: Value(c, own(c), known=_known(c)) for v, c in program.constants}
     env.update(zip(program.inputs, values, strict=True))
 
+    taken = collections.Counter(v for e in program.equations for v in e.invars if _variable(v))
+    taken.update(v for v in program.outputs if _variable(v))
+
     def operand(atom: Any) -> Value:
         if _jaxpr.is_literal(atom):
             return Value(jnp.asarray(atom.val, atom.aval.dtype), known=_known(atom.val))
-        return env[atom]
+        value = env[atom]
+        return value if taken[atom] == 1 else value._replace(origin=None)
 
     last = {v: i for i, e in enumerate(program.equations) for v in e.invars if _variable(v)}
     keep = {v for v in program.outputs if _variable(v)}
@@ -203,7 +208,8 @@ def _joint(equation: Any, operands: list[Value], tape: Tape) -> list[Value]:
 def _linear(equation: Any, operands: list[Value], at: int, label: Any, tape: Tape) -> list[Value]:
     use = uses.LINEAR[_jaxpr.name(equation)](equation, operands, at, label)
     (result,) = _jaxpr.bind(equation, *arrays_of(operands))
-    return [Value(tape.probe(use, operands[at].view, label, result), label)]
+    probed = tape.probe(use, operands[at].view, label, result)
+    return [Value(probed, label, origin=(tape, len(tape.sites) - 1))]
 
 
 def _at_operands(
@@ -221,7 +227,16 @@ def _at_operands(
             arrays[i] = jnp.broadcast_to(arrays[i], shape)
         use = uses.operand(name, view, label)
         arrays[i] = tape.probe(use, view, label, arrays[i])
+        if name in ("add", "add_any") and view.scale is None:
+            _note_bias(tape, operands[1 - i])
     return [Value(a, label) for a in _jaxpr.bind(equation, *arrays)]
+
+
+def _note_bias(tape: Tape, other: Value) -> None:
+    """Marks the last site as what is added to the result of a linear use."""
+    if other.origin is not None and other.origin[0] is tape:
+        distance = len(tape.sites) - 1 - other.origin[1]
+        tape.sites[-1] = tape.sites[-1]._replace(bias_of=distance)
 
 
 def _linearized(

@@ -75,6 +75,23 @@ def cotangents(output_metric: Any, groups: list[RowGroup]) -> list[jax.Array]:
     return jax.tree.leaves(stacked)
 
 
+def everywhere(output_metric: Any) -> list[jax.Array]:
+    """Columns of B for all rows at once: for each output leaf (C, L, ...).
+
+    A column is one place within a row of one coefficient leaf, in every row.
+    """
+    leaves, structure = jax.tree.flatten(output_metric.coefficients)
+    widths = [math.prod(c.shape[1:]) for c in leaves]
+    count, start, basis = sum(widths), 0, []
+    for c, width in zip(leaves, widths, strict=True):
+        unit = jnp.eye(count, dtype=c.dtype)[:, start : start + width]
+        start += width
+        wide = jnp.broadcast_to(unit[:, None, :], (count, c.shape[0], width))
+        basis.append(wide.reshape(count, *c.shape))
+    stacked = jax.vmap(output_metric.factor_product)(jax.tree.unflatten(structure, basis))
+    return jax.tree.leaves(stacked)
+
+
 def _placed(groups: list[RowGroup]) -> list[tuple[int, int, int]]:
     """(group, first column, columns) of every coefficient leaf, in order."""
     found = {

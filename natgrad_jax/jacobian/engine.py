@@ -203,14 +203,17 @@ def jacobian(
 
 def factors_of(model: Model, made: Plan, output_metric: Any, dtype: Any) -> list[Factor]:
     """The rows as factors that do not overlap."""
+    return assemble.factors_of(parts_of(model, made, output_metric, dtype), len(made.rows))
+
+
+def parts_of(model: Model, made: Plan, output_metric: Any, dtype: Any) -> list[assemble.Placed]:
+    """The rows as they were found: of each group the uses in order, then what is dense."""
     cotangents = columns.cotangents(output_metric, made.rows)
     if made.mode == "vouched":
-        placed = _vouched(model, made, cotangents, dtype)
-    elif made.mode == "examples":
-        placed = _independent(model, made, cotangents, dtype)
-    else:
-        placed = _one_piece(model, made.readings[0], cotangents, dtype)
-    return assemble.factors_of(placed, len(made.rows))
+        return _vouched(model, made, cotangents, dtype)
+    if made.mode == "examples":
+        return _independent(model, made, cotangents, dtype)
+    return _one_piece(model, made.readings[0], cotangents, dtype)
 
 
 def _independent(
@@ -226,7 +229,7 @@ def _independent(
         found = site_parts(reading, model.params, model.batch, own, dtype)
         opaque = sorted(reading.opaque)
         if opaque:
-            found += _dense(
+            found += dense_parts(
                 opaque, model, dense.example_rows(model, made.rows, number, opaque, own), dtype
             )
         placed += [(place, number, part) for place, _, part in found]
@@ -244,13 +247,14 @@ def _one_piece(
         opaque = sorted(reading.opaque)
     if opaque:
         rows = dense.column_rows(model.function, model.params, model.batch, opaque, cotangents)
-        placed += _dense(opaque, model, rows, dtype)
+        placed += dense_parts(opaque, model, rows, dtype)
     return placed
 
 
-def _dense(
+def dense_parts(
     leaves: list[int], model: Model, rows: list[jax.Array], dtype: Any
 ) -> list[assemble.Placed]:
+    """Rows (N, C, P_l) of some leaves as parts."""
     return [
         (
             assemble.dense_place(leaf, model.params[leaf].shape),
@@ -304,10 +308,8 @@ def site_parts(
     """Pulls cotangents (C, L, ...) back to every use, and on to leaves from derived arrays."""
     outputs, pull, records = reader.pull_back(reading, params, batch)
     cast = [c.astype(z.dtype) for c, z in zip(cotangents, outputs, strict=True)]
-    pulled = _over_columns(pull, cast, reading)
-    shapes = {i: p.shape for i, p in enumerate(params)} | reading.derived
-    for root, joint in reading.joined.items():
-        shapes[root] = jax.eval_shape(joint.gather, params).shape
+    pulled = over_columns(pull, cast, reading)
+    shapes = root_shapes(reading, params)
     placed: list[assemble.Placed] = []
     behind: dict[int, jax.Array] = {}
     for site, record, g in zip(reading.sites, records, pulled, strict=True):
@@ -319,10 +321,19 @@ def site_parts(
             continue
         rows = factored.rows(place, part)
         behind[root] = behind[root] + rows if root in behind else rows
-    return placed + _through_derived(reading, params, batch, behind, dtype)
+    return placed + through_derived(reading, params, batch, behind, dtype)
 
 
-def _over_columns(pull: Any, cotangents: list[jax.Array], reading: Reading) -> list[jax.Array]:
+def root_shapes(reading: Reading, params: list[jax.Array]) -> dict[int, tuple[int, ...]]:
+    """Shapes of everything that sites use."""
+    shapes = {i: p.shape for i, p in enumerate(params)} | reading.derived
+    for root, joint in reading.joined.items():
+        shapes[root] = jax.eval_shape(joint.gather, params).shape
+    return shapes
+
+
+def over_columns(pull: Any, cotangents: list[jax.Array], reading: Reading) -> list[jax.Array]:
+    """Pulls columns of cotangents (C, L, ...) back, as many at a time as memory allows."""
     count = cotangents[0].shape[0]
     if count == 1:
         return [g[None] for g in pull([c[0] for c in cotangents])]
@@ -337,7 +348,7 @@ def _size(shape: tuple[int, ...]) -> int:
     return _trees.size([jax.ShapeDtypeStruct(shape, jnp.float32)])
 
 
-def _through_derived(
+def through_derived(
     reading: Reading,
     params: list[jax.Array],
     batch: list[jax.Array],

@@ -24,12 +24,15 @@ class Value(NamedTuple):
       label: where its examples lie.
       view: set when it is computed from parameters alone.
       known: its entries, where they are integers known now; a masked array for some of them.
+      origin: the tape and the number of the linear use that it is the result of, if nothing else
+        takes that result.
     """
 
     array: jax.Array
     label: Label = None
     view: View | None = None
     known: Any = None
+    origin: tuple["Tape", int] | None = None
 
 
 class Site(NamedTuple):
@@ -42,6 +45,8 @@ class Site(NamedTuple):
       shape: of the probe, enclosing scans first.
       dtype: of the probe.
       loops: for each enclosing scan, outermost first, whether it runs over the parameter.
+      bias_of: what is added to the result of a linear use, and to nothing else, has the cotangent
+        of that use: so many sites before this one. 0 for none.
     """
 
     use: Use
@@ -50,6 +55,7 @@ class Site(NamedTuple):
     shape: tuple[int, ...]
     dtype: jnp.dtype
     loops: tuple[bool, ...] = ()
+    bias_of: int = 0
 
 
 class Tape:

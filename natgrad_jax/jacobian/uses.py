@@ -42,6 +42,7 @@ class Use(NamedTuple):
       q: pieces that `right` runs over.
       record: what enters the use.
       at_operand: whether the probe is added to the operand, broadcast, or to the result.
+      own: dimensions of the probed value that b and q run over, in this order.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Use(NamedTuple):
     q: Pieces
     record: Record = None
     at_operand: bool = False
+    own: tuple[int, ...] = ()
 
 
 class MisfitError(Exception):
@@ -116,7 +118,7 @@ def contraction(equation: Any, operands: list[Any], at: int, label: Axis) -> Use
 
     b = _joined(view, [own_batch[k] for k in copies])
     p, q = _joined(view, own_contract), _joined(view, own_free)
-    return Use("dot_general", left, right, b, p, q, other.array)
+    return Use("dot_general", left, right, b, p, q, other.array, own=(*copies, *z_own))
 
 
 def operand(name: str, view: View, label: Axis) -> Use:
@@ -127,10 +129,9 @@ def operand(name: str, view: View, label: Axis) -> Use:
     summed = tuple(d for d in range(len(view.dims)) if d not in kept)
 
     def right(_: Record, g: jax.Array) -> jax.Array:
-        rows = jnp.sum(_laid_out(g, label, summed, kept), axis=1)
-        return rows[:, None, None, :]
+        return _laid_out(g, label, summed, kept)[:, None]
 
-    return Use(name, None, right, (), (), _joined(view, kept), at_operand=True)
+    return Use(name, None, right, (), (), _joined(view, kept), at_operand=True, own=kept)
 
 
 def convolution(equation: Any, operands: list[Any], at: int, label: Axis) -> Use:
@@ -172,7 +173,7 @@ def convolution(equation: Any, operands: list[Any], at: int, label: Axis) -> Use
 
     p = _joined(view, rhs[1:])
     record = operands[0].array
-    return Use("conv_general_dilated", left, right, split[0], p, split[1], record)
+    return Use("conv_general_dilated", left, right, split[0], p, split[1], record, own=(out[1],))
 
 
 def _channels_last(x: jax.Array, spec: Any) -> jax.Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.curvature import Curvature
+from natgrad_jax.metrics import Metric
 
 Tree = Any
 
@@ -64,21 +65,21 @@ class Solver(NamedTuple):
 
     Attributes:
       name: the public function that made it.
-      init: params -> solver state. It may meet shapes or placeholders in place of arrays.
+      init: (metric, params) -> solver state. It may meet shapes or placeholders in place of arrays.
       prepare: (curvature, damping, state) -> (solve, state). Does once what does not depend on g;
         `solve(g, state) -> (d, state, report)` may then be called several times.
       needs_rows: whether it works on the rows R of F = R^T R.
     """
 
     name: str
-    init: Callable[[Tree], Any]
+    init: Callable[[Metric, Tree], Any]
     prepare: Callable[[Curvature, jax.Array, Any], tuple[Solve, Any]]
     needs_rows: bool = False
 
 
-def stateless(params: Tree) -> tuple[()]:
+def stateless(metric: Metric, params: Tree) -> tuple[()]:
     """The state of a solver that keeps none."""
-    del params
+    del metric, params
     return ()
 
 

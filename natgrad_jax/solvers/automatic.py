@@ -45,7 +45,7 @@ def automatic() -> Solver:
 
     def prepare(here: Curvature, damping: jax.Array, state: tuple[()]) -> tuple[Solve, tuple[()]]:
         chosen = choose(here)
-        inner_solve, inner_state = chosen.prepare(here, damping, chosen.init(here.params))
+        inner_solve, inner_state = chosen.prepare(here, damping, chosen.init(None, here.params))
 
         def solve(g: Tree, state: tuple[()]) -> tuple[Tree, tuple[()], Report]:
             direction, _, outcome = inner_solve(g, inner_state)

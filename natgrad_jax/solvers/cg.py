@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from natgrad_jax import _trees
 from natgrad_jax.curvature import Curvature
+from natgrad_jax.metrics import Metric
 from natgrad_jax.solvers import _solver
 from natgrad_jax.solvers._solver import Report
 from natgrad_jax.solvers._solver import Solve
@@ -103,9 +104,11 @@ def cg(
             f" {getattr(preconditioner, 'name', preconditioner)!r}"
         )
 
-    def init(params: Tree) -> CGState:
+    def init(metric: Metric, params: Tree) -> CGState:
         previous = _trees.zeros_like(params) if warm_start else None
-        return CGState(previous, () if preconditioner is None else preconditioner.init(params))
+        return CGState(
+            previous, () if preconditioner is None else preconditioner.init(metric, params)
+        )
 
     def prepare(here: Curvature, damping: jax.Array, state: CGState) -> tuple[Solve, CGState]:
         fisher_product = here.linearize()

@@ -108,7 +108,7 @@ def scale_by_natural_gradient(
             count=jnp.zeros((), jnp.int32),
             key=keys.start(),
             velocity=None if momentum is None else _trees.zeros_like(params),
-            solver=solve.init(params),
+            solver=solve.init(metric, params),
             info=direction.empty_info(),
         )
         return _sharding.place_beside(state, params)

@@ -293,4 +293,4 @@ def test_the_limits_are_those_of_the_documentation():
 
 
 def test_the_automatic_choice_keeps_no_state():
-    assert jax.tree.leaves(automatic.AUTOMATIC.init(jnp.zeros(3))) == []
+    assert jax.tree.leaves(automatic.AUTOMATIC.init(ng.euclidean(), jnp.zeros(3))) == []

@@ -212,11 +212,11 @@ def test_the_model_is_linearised_once():
 @pytest.mark.usefixtures("x64")
 def test_the_state_starts_from_shapes_alone():
     shapes = {"w": jax.ShapeDtypeStruct((2, 3), jnp.float32)}
-    state = cg().init(shapes)
+    state = cg().init(ng.euclidean(), shapes)
     assert state.previous["w"].shape == (2, 3)
     assert state.previous["w"].dtype == jnp.float32
     params = {"w": jnp.zeros((2, 3)), "hidden": optax.MaskedNode()}
-    assert cg().init(params).previous["hidden"] == optax.MaskedNode()
+    assert cg().init(ng.euclidean(), params).previous["hidden"] == optax.MaskedNode()
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-6])

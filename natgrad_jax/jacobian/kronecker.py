@@ -1,0 +1,437 @@
+"""What K-FAC sees of a model: its parameters in blocks, and what enters and leaves each of them.
+
+A block is one linear use (or several of the same parameter) with the bias that is added to its
+result. Its entries stand as (B, p, q): B independent copies, p inputs with the bias as the last
+one, q outputs. What has no linear use is a block of plain rows, (1, 1, q).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from natgrad_jax import _trees
+from natgrad_jax.examples import Group
+from natgrad_jax.jacobian import assemble
+from natgrad_jax.jacobian import columns
+from natgrad_jax.jacobian import dense
+from natgrad_jax.jacobian import engine
+from natgrad_jax.jacobian import reader
+from natgrad_jax.jacobian import view as views
+from natgrad_jax.jacobian.engine import Model
+from natgrad_jax.jacobian.engine import Plan
+from natgrad_jax.jacobian.factored import Part
+from natgrad_jax.jacobian.factored import Place
+from natgrad_jax.jacobian.joined import Joined
+from natgrad_jax.jacobian.joined import leaves_behind
+from natgrad_jax.jacobian.reader import Reading
+from natgrad_jax.jacobian.tape import Site
+
+Tree = Any
+
+
+class Bias(NamedTuple):
+    """A bias within the block of a linear use: entry (b, q) is entries[b, q] of its root."""
+
+    root: int
+    shape: tuple[int, ...]
+    entries: np.ndarray
+
+    def take(self, array: jax.Array) -> jax.Array:
+        """(B, 1, q)."""
+        flat = array.reshape(-1)
+        whole = np.array_equal(self.entries.reshape(-1), np.arange(flat.size))
+        return (flat if whole else flat[self.entries.reshape(-1)]).reshape(self._row_shape)
+
+    def place(self, rows: jax.Array) -> jax.Array:
+        """The transpose of `take`."""
+        size, flat = math.prod(self.shape), rows.reshape(-1)
+        if not np.array_equal(self.entries.reshape(-1), np.arange(size)):
+            flat = jnp.zeros((size,), rows.dtype).at[self.entries.reshape(-1)].set(flat)
+        return flat.reshape(self.shape)
+
+    @property
+    def _row_shape(self) -> tuple[int, int, int]:
+        return self.entries.shape[0], 1, self.entries.shape[1]
+
+
+class Block(NamedTuple):
+    """A block of parameters.
+
+    Attributes:
+      place: which entries of which root.
+      bias: what is added to the result of the use, or None.
+      kind: "kronecker"; "look-up" when one-hot vectors enter; "rows" without a linear use.
+    """
+
+    place: Place
+    bias: Bias | None
+    kind: str
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(B, p, q)."""
+        b, p, q = self.place.sizes
+        return b, p + (self.bias is not None), q
+
+
+class Used(NamedTuple):
+    """One way in which the examples of one group use a block.
+
+    Attributes:
+      part: what enters and leaves, (N, C or 1, B, T, p) and (N, C or 1, B, T, q).
+      weights: of the examples, (N,); the outputs' side of `part` holds their roots.
+      group: of the examples.
+      swapped: whether inputs and outputs of the use stand on each other's side.
+    """
+
+    part: Part
+    weights: jax.Array
+    group: int
+    swapped: bool
+
+
+class Kronecker(NamedTuple):
+    """A model's parameters in blocks.
+
+    Attributes:
+      blocks: they do not overlap.
+      uses: of each block.
+      split: params-like tree -> arrays (B, p, q), one a block.
+      merge: (arrays, params-like tree) -> tree; entries in no block are those of the tree given.
+      positions_apart: whether a model that mixes examples had every position counted as one.
+      leaves: for each block the parameter leaves behind it.
+    """
+
+    blocks: list[Block]
+    uses: list[list[Used]]
+    split: Callable[[Tree], list[jax.Array]]
+    merge: Callable[[list[jax.Array], Tree], Tree]
+    positions_apart: bool
+    leaves: list[list[int]]
+
+
+class _Entry(NamedTuple):
+    """A use, its group of examples and its site; no site for dense rows."""
+
+    place: Place
+    group: int
+    part: Part
+    site: int | None
+
+
+class _Family(NamedTuple):
+    """Uses of the same entries of one root."""
+
+    place: Place
+    members: list[_Entry]
+
+
+def kronecker(
+    caller: str,
+    function: Any,
+    params: Tree,
+    batch: Tree,
+    output_metric: Any,
+    groups: tuple[Group, ...],
+    independent: bool | None = None,
+) -> Kronecker:
+    """The blocks of a model and their uses; arguments as those of `engine.jacobian`."""
+    if output_metric.removed is not None:
+        raise ValueError(
+            f"{caller}: a centered metric has no Kronecker factors; take centered=False, or an"
+            " exact solver such as woodbury()"
+        )
+    model = engine.flatten(caller, function, params, batch, groups)
+    made = engine.plan(model, output_metric.coefficients, independent)
+    dtype = _trees.work_dtype(params)
+    apart = made.mode == "whole"
+    entries = _one_pass(model, made, output_metric, dtype) if apart else []
+    if not apart:
+        entries = _numbered(made, engine.parts_of(model, made, output_metric, dtype))
+    families = _families(entries)
+    biases = _biases(made, families)
+    taken = {bias for bias, _ in biases.values()}
+    weights = _example_weights(model, made, output_metric, dtype)
+    blocks, uses = [], []
+    for number, family in enumerate(families):
+        if number in taken:
+            continue
+        bias = biases[number][1] if number in biases else None
+        block = Block(family.place, bias, _kind(family))
+        blocks.append(block)
+        uses.append(_uses(block, family, weights))
+    joined = made.readings[0].joined if made.readings[0] is not None else {}
+    split, merge = _layout(blocks, joined, params)
+    leaves = [
+        [
+            *leaves_behind(b.place.leaf, joined),
+            *(leaves_behind(b.bias.root, joined) if b.bias else ()),
+        ]
+        for b in blocks
+    ]
+    return Kronecker(blocks, uses, split, merge, apart, leaves)
+
+
+def _numbered(made: Plan, placed: list[assemble.Placed]) -> list[_Entry]:
+    """Parts as entries that know their sites: of each group the uses come first, in order."""
+    entries = []
+    for number, reading in enumerate(made.readings):
+        own = [x for x in placed if x[1] == number]
+        sites = [] if reading is None else reading.sites
+        named = [k for k, s in enumerate(sites) if s.view.root not in reading.derived]
+        named += [None] * (len(own) - len(named))
+        entries += [_Entry(*x, k) for x, k in zip(own, named, strict=True)]
+    return entries
+
+
+def _one_pass(model: Model, made: Plan, output_metric: Any, dtype: Any) -> list[_Entry]:
+    """Uses in a model that mixes examples, from one backward pass for all rows at once.
+
+    The cotangent of a position is that of the sum over rows, as in every implementation of K-FAC;
+    each position counts as an example. Parameters without linear uses have exact rows.
+    """
+    (reading,) = made.readings
+    rest: set[int] = set(range(len(model.params)))
+    entries: list[_Entry] = []
+    if reading is not None:
+        behind = [leaf for root in reading.derived for leaf in reading.sources[root]]
+        rest = set(reading.opaque) | set(behind)
+        outputs, pull, records = reader.pull_back(reading, model.params, model.batch)
+        cotangents = columns.everywhere(output_metric)
+        cast = [c.astype(z.dtype) for c, z in zip(cotangents, outputs, strict=True)]
+        pulled = engine.over_columns(pull, cast, reading)
+        shapes = engine.root_shapes(reading, model.params)
+        rest |= _overlapping(reading, shapes)
+        for k, (site, record, g) in enumerate(zip(reading.sites, records, pulled, strict=True)):
+            if rest.isdisjoint(reading.sources[site.view.root]):
+                place = assemble.place_of(site, shapes[site.view.root])
+                part = assemble.part_of(site, record, g, dtype, apart=True)
+                entries.append(_Entry(place, 0, part, k))
+    leaves = sorted(rest)
+    if leaves:
+        cotangents = columns.cotangents(output_metric, made.rows)
+        rows = dense.column_rows(model.function, model.params, model.batch, leaves, cotangents)
+        entries += [_Entry(*x, None) for x in engine.dense_parts(leaves, model, rows, dtype)]
+    return entries
+
+
+def _overlapping(reading: Reading, shapes: dict[int, tuple[int, ...]]) -> set[int]:
+    """The parameters whose uses overlap in part."""
+    found: set[int] = set()
+    for root in {site.view.root for site in reading.sites}:
+        own = [site for site in reading.sites if site.view.root == root]
+        if assemble.groups_of_places([assemble.place_of(s, shapes[root]) for s in own]) is None:
+            found |= reading.sources[root]
+    return found
+
+
+def _families(entries: list[_Entry]) -> list[_Family]:
+    families = []
+    for root in dict.fromkeys(e.place.leaf for e in entries):
+        own = [e for e in entries if e.place.leaf == root]
+        sets = assemble.groups_of_places([e.place for e in own])
+        if sets is not None:
+            families += [_Family(own[s[0]].place, [own[i] for i in s]) for s in sets]
+            continue
+        groups = 1 + max(e.group for e in own)
+        (factor,) = assemble.factors_of([(e.place, e.group, e.part) for e in own], groups)
+        parts = [(g, part) for g, part in enumerate(factor.parts) if part is not None]
+        families.append(_Family(factor.place, [_Entry(factor.place, g, x, None) for g, x in parts]))
+    return families
+
+
+def _kind(family: _Family) -> str:
+    if any(e.part.looks_up for e in family.members):
+        return "look-up"
+    return "rows" if all(e.part.left is None for e in family.members) else "kronecker"
+
+
+def _biases(made: Plan, families: list[_Family]) -> dict[int, tuple[int, Bias]]:
+    """For families of linear uses the family of biases that goes with each, and as which entries.
+
+    Every use must have its bias, the same for all.
+    """
+    where = {(e.group, e.site): i for i, f in enumerate(families) for e in f.members}
+    found: dict[int, tuple[int, Bias]] = {}
+    for i, family in enumerate(families):
+        if _kind(family) != "rows" or any(e.site is None for e in family.members):
+            continue
+        pairs = []
+        for e in family.members:
+            sites = made.readings[e.group].sites
+            site = sites[e.site]
+            if site.bias_of:
+                partner = e.site - site.bias_of
+                pairs.append((where.get((e.group, partner)), _bias(site, sites[partner], e.place)))
+        hosts = {host for host, _ in pairs}
+        if len(pairs) < len(family.members) or len(hosts) != 1:
+            continue
+        (host,) = hosts
+        indices = [index for _, index in pairs]
+        if host is None or host in found or any(x is None for x in indices):
+            continue
+        same = all(np.array_equal(indices[0], x) for x in indices)
+        straight = all(e.place == families[host].place for e in families[host].members)
+        fits = _kind(families[host]) == "kronecker" and straight
+        if fits and same and len(families[host].members) == len(pairs):
+            found[host] = i, Bias(family.place.leaf, family.place.shape, indices[0])
+    return found
+
+
+def _bias(site: Site, partner: Site, place: Place) -> np.ndarray | None:
+    """Which entries of its root a bias adds to the (b, q) of a use, (B, q); None for no match."""
+    shape = site.shape[len(site.loops) :]
+    long = lambda dims: [d for d in dims if shape[d] > 1]
+    kept, own = long(site.use.own), long(partner.use.own)
+    if site.shape != partner.shape or site.loops != partner.loops or sorted(own) != sorted(kept):
+        return None
+    scanned = [piece for _, pieces in site.view.scanned for piece in pieces]
+    b = [p for _, pieces in partner.view.scanned for p in pieces] + list(partner.use.b)
+    q = list(partner.use.q)
+    if any(not stride for _, stride in (*scanned, *b, *q)):
+        return None
+    index = views.indices(site.view.offset, (*scanned, *site.use.q))
+    loops = len(scanned)
+    index = index.reshape([n for n, _ in scanned] + [shape[d] for d in kept])
+    index = index.transpose([*range(loops), *(loops + kept.index(d) for d in own)])
+    if index.size != views.size(tuple(b)) * views.size(tuple(q)) or index.size != math.prod(
+        place.shape
+    ):
+        return None
+    index = index.reshape(views.size(tuple(b)), views.size(tuple(q)))
+    return index[_descending(b)][:, _descending(q)]
+
+
+def _descending(pieces: list[tuple[int, int]]) -> np.ndarray:
+    """Where the entries of pieces stand after these are sorted as in a `Place`."""
+    order = sorted(range(len(pieces)), key=lambda i: -pieces[i][1])
+    entries = np.arange(views.size(tuple(pieces))).reshape([n for n, _ in pieces])
+    return entries.transpose(order).reshape(-1)
+
+
+def _example_weights(model: Model, made: Plan, output_metric: Any, dtype: Any) -> list[jax.Array]:
+    """The weight of every example of each group: the mean over its output leaves."""
+    if made.mode == "whole":
+        return []  # positions all count alike
+    weights = jax.tree.leaves(output_metric.row_weights)
+    result = []
+    for number, rows in enumerate(made.rows):
+        leaves = [weights[i] for i, _ in dense.wanted_outputs(model, number)]
+        own = [jnp.sum(w.reshape(rows.examples, -1), axis=1) for w in leaves]
+        nothing = jnp.zeros((rows.examples,), dtype)
+        result.append(sum((w.astype(dtype) for w in own), nothing) / max(len(own), 1))
+    return result
+
+
+def _uses(block: Block, family: _Family, weights: list[jax.Array]) -> list[Used]:
+    uses = []
+    for group in sorted({e.group for e in family.members}):
+        own = [e for e in family.members if e.group == group]
+        for swapped in (False, True):
+            side = [e for e in own if (_is_swapped(e.place, block.place)) == swapped]
+            if not side:
+                continue
+            turned = [assemble.oriented((e.place, e.group, e.part), block.place) for e in side]
+            for part in _joined_parts(block, turned):
+                own_weights = _weights(weights, group, part)
+                uses.append(Used(_with_bias(block, part), own_weights, group, swapped))
+    return uses
+
+
+def _is_swapped(place: Place, target: Place) -> bool:
+    return (place.p, place.q) != (target.p, target.q)
+
+
+def _joined_parts(block: Block, parts: list[Part]) -> list[Part]:
+    """Parts of the same examples as one, along positions."""
+    if len({part.examples for part in parts}) == 1:
+        return [assemble.along_positions(block.place, parts)]
+    return parts
+
+
+def _weights(weights: list[jax.Array], group: int, part: Part) -> jax.Array:
+    if weights:
+        return weights[group]
+    return jnp.full((part.examples,), 1 / max(part.examples, 1), part.right.dtype)
+
+
+def _with_bias(block: Block, part: Part) -> Part:
+    """A one stands for the bias among the inputs."""
+    if block.bias is None:
+        return part
+    ones = jnp.ones((*part.left.shape[:-1], 1), part.left.dtype)
+    return part._replace(left=jnp.concatenate([part.left, ones], axis=-1))
+
+
+def _layout(
+    blocks: list[Block], joined: dict[int, Joined], params: Tree
+) -> tuple[Callable[[Tree], list[jax.Array]], Callable[[list[jax.Array], Tree], Tree]]:
+    leaves, structure = jax.tree.flatten(params)
+    dtype = _trees.work_dtype(params)
+
+    def split(tree: Tree) -> list[jax.Array]:
+        vectors = [x.astype(dtype) for x in jax.tree.leaves(tree)]
+        roots = dict(enumerate(vectors)) | {r: j.gather(vectors) for r, j in joined.items()}
+        return [_take(block, roots) for block in blocks]
+
+    def scatter(arrays: list[jax.Array]) -> list[jax.Array | None]:
+        total: list[jax.Array | None] = [None] * len(leaves)
+        for block, x in zip(blocks, arrays, strict=True):
+            for root, array in _place(block, x):
+                pairs = joined[root].scatter(array) if root in joined else [(root, array)]
+                for leaf, y in pairs:
+                    total[leaf] = y if total[leaf] is None else total[leaf] + y
+        return total
+
+    covered = np.zeros(len(leaves), int)
+    for block in blocks:
+        for root, size in _sizes(block):
+            behind = leaves_behind(root, joined)
+            if len(behind) > 1 or root in joined:
+                for leaf in behind:
+                    covered[leaf] += leaves[leaf].size
+            else:
+                covered[root] += size
+
+    def merge(arrays: list[jax.Array], other: Tree) -> Tree:
+        found, result = scatter(arrays), []
+        ones = None
+        for i, rest in enumerate(jax.tree.leaves(other)):
+            if found[i] is None:
+                result.append(rest)
+            elif covered[i] == leaves[i].size:
+                result.append(found[i])
+            else:
+                ones = scatter([jnp.ones(b.shape, dtype) for b in blocks]) if ones is None else ones
+                result.append(found[i] + (1 - ones[i]) * rest)
+        return jax.tree.unflatten(structure, result)
+
+    return split, merge
+
+
+def _take(block: Block, roots: dict[int, jax.Array]) -> jax.Array:
+    place = block.place
+    entries = views.take(roots[place.leaf], place.offset, place.b + place.p + place.q)
+    entries = entries.reshape(place.sizes)
+    if block.bias is None:
+        return entries
+    return jnp.concatenate([entries, block.bias.take(roots[block.bias.root])], axis=1)
+
+
+def _place(block: Block, x: jax.Array) -> list[tuple[int, jax.Array]]:
+    """The transpose of `_take`: arrays like roots."""
+    place, p = block.place, block.place.sizes[1]
+    pieces = place.b + place.p + place.q
+    own = views.place(x[:, :p].reshape(-1), place.shape, place.offset, pieces)
+    if block.bias is None:
+        return [(place.leaf, own)]
+    return [(place.leaf, own), (block.bias.root, block.bias.place(x[:, p]))]
+
+
+def _sizes(block: Block) -> list[tuple[int, int]]:
+    sizes = [(block.place.leaf, math.prod(block.place.sizes))]
+    return sizes if block.bias is None else [*sizes, (block.bias.root, block.bias.entries.size)]

@@ -1,0 +1,118 @@
+"""What the Kronecker-factored solvers share: blocks at `init`, averages, checks."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgrad_jax import _boundary
+from natgrad_jax import _trees
+from natgrad_jax.curvature import Curvature
+from natgrad_jax.curvature import curvature
+from natgrad_jax.jacobian.kronecker import Block
+from natgrad_jax.jacobian.kronecker import Kronecker
+from natgrad_jax.metrics import Metric
+from natgrad_jax.solvers import _kronecker
+from natgrad_jax.solvers._kronecker import Moments
+
+Tree = Any
+
+
+class Average(NamedTuple):
+    """Exponential averages of moments; divided by `weight` they have no bias.
+
+    Attributes:
+      moments: for each block, one array for each of its sides.
+      weight: what the weights of the average sum to, 0 before the first step.
+    """
+
+    moments: tuple[Moments, ...]
+    weight: jax.Array
+
+    def unbiased(self, block: int, side: int) -> jax.Array:
+        """A moment, free of the zeros that the average started from."""
+        return self.moments[block][side] / self.weight
+
+
+def blocks_at_init(
+    caller: str, metric: Metric, params: Tree, example_batch: Tree, example_params: Tree | None
+) -> tuple[list[Block], Any] | None:
+    """The blocks of the parameters and the working dtype, from shapes; None without parameters."""
+    if not jax.tree.leaves(params):
+        return None
+    hidden = lambda x: isinstance(x, optax.MaskedNode)
+    masked = any(map(hidden, jax.tree.leaves(params, is_leaf=hidden)))
+    if masked and example_params is None:
+        raise ValueError(
+            f"{caller}: some parameters are hidden (optax.MaskedNode), but the shapes of all are"
+            " needed to find the blocks: pass example_params=params to the solver"
+        )
+    found: list[Block] = []
+
+    def read(params: Tree, full: Tree, batch: Tree) -> jax.Array:
+        key = jax.random.key(0) if metric.needs_key else None
+        filled = _boundary.fill_masked(metric, params, full)
+        kronecker = curvature(filled, params, batch, key).kronecker()
+        found[:] = kronecker.blocks
+        return jnp.zeros(())
+
+    shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+    full = jax.tree.map(shape, example_params) if masked else None
+    visible = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    jax.eval_shape(read, visible, full, jax.tree.map(shape, example_batch))
+    return found, _trees.work_dtype(params)
+
+
+def start(blocks: list[Block], dtype: Any) -> Average:
+    """The average before the first step."""
+    zeros = tuple(tuple(x.astype(dtype) for x in _kronecker.empty(b)) for b in blocks)
+    return Average(zeros, jnp.zeros((), dtype))
+
+
+def renewed(
+    here: Curvature, old: Average, count: jax.Array, every: int, decay: float, weight_sharing: str
+) -> tuple[Kronecker, Average]:
+    """The blocks, and their moments averaged with those of this batch on every so many steps."""
+    found: list[Kronecker] = []
+
+    def step(old: Average) -> Average:
+        kronecker = here.kronecker()
+        found[:] = [kronecker]
+        new = _kronecker.moments(kronecker, weight_sharing)
+        mix = lambda x, y: decay * x + (1 - decay) * y
+        moments = jax.tree.map(mix, old.moments, tuple(new))
+        return Average(moments, mix(old.weight, jnp.ones_like(old.weight)))
+
+    if every == 1:
+        average = step(old)
+    else:
+        # Not `cond`, which runs both branches under vmap.
+        run = lambda carry: (jnp.asarray(False), step(carry[1]))
+        _, average = jax.lax.while_loop(lambda c: c[0], run, (count % every == 0, old))
+    # Of what was read in the body of a loop the blocks and their layout remain; arrays do not.
+    return found[0] if every == 1 else found[0]._replace(uses=[]), average
+
+
+def outside(here: Curvature, g: Tree, damping: jax.Array) -> Tree:
+    """What parameters get that no output depends on: g / damping, 0 for damping 0."""
+    gain = jnp.where(damping > 0, 1 / jnp.where(damping > 0, damping, 1), 0)
+    return _trees.scale(g, gain)
+
+
+def check_period(caller: str, name: str, value: Any) -> None:
+    """Raises unless a period is a positive int."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{caller}: {name} must be a positive int, got {value!r}")
+
+
+def check_choice(caller: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises unless a value is one of a few."""
+    if value not in choices:
+        raise ValueError(f"{caller}: {name} must be one of {choices}, got {value!r}")
+
+
+def check_decay(caller: str, decay: Any) -> None:
+    """Raises unless a decay lies in [0, 1)."""
+    if not isinstance(decay, int | float) or not 0 <= decay < 1:
+        raise ValueError(f"{caller}: decay must be a number in [0, 1), got {decay!r}")

@@ -1,0 +1,202 @@
+"""Second moments of what enters and leaves the uses of a block: the factors of K-FAC.
+
+A block (B, p, q) has one moment for each side, (B, p, p) and (B, q, q); a diagonal one (B, p) where
+one-hot vectors enter. A block of plain rows has one moment, its own exact Fisher matrix (1, q, q),
+or its diagonal (1, q) when it is large.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax.jacobian import factored
+from natgrad_jax.jacobian.assemble import along_positions
+from natgrad_jax.jacobian.factored import Part
+from natgrad_jax.jacobian.factored import Place
+from natgrad_jax.jacobian.kronecker import Block
+from natgrad_jax.jacobian.kronecker import Kronecker
+from natgrad_jax.jacobian.kronecker import Used
+
+#: The largest number of entries without a linear use that get a block and not a diagonal.
+MAX_ROWS = 256
+
+Moments = tuple[jax.Array, ...]
+
+
+def moments(kronecker: Kronecker, weight_sharing: str) -> list[Moments]:
+    """The moments of every block at this batch."""
+    return [
+        _row_moment(uses) if block.kind == "rows" else _pair(block, uses, weight_sharing)
+        for block, uses in zip(kronecker.blocks, kronecker.uses, strict=True)
+    ]
+
+
+def _row_moment(uses: list[Used]) -> Moments:
+    rows = jnp.concatenate([factored.as_matrix(use.part.right) for use in uses])
+    if rows.shape[1] > MAX_ROWS:
+        return (jnp.sum(rows**2, axis=0)[None],)
+    return (factored.matmul(rows.T, rows)[None],)
+
+
+def _pair(block: Block, uses: list[Used], weight_sharing: str) -> Moments:
+    pairs = [_of_use(block, use, weight_sharing) for use in uses]
+    if len(pairs) == 1:
+        return pairs[0]
+    # F is a sum over uses of B_k (x) A_k, which has this form where all A_k and all B_k agree.
+    if any(use.swapped for use in uses):
+        pairs = [_balanced(*pair) for pair in pairs]
+    left, right = zip(*pairs, strict=True)
+    return sum(left[1:], left[0]) / len(pairs), sum(right[1:], right[0])
+
+
+def _balanced(left: jax.Array, right: jax.Array) -> Moments:
+    """The same product with equal traces: inputs and outputs of a use have different units."""
+    traces = _trace(left), _trace(right)
+    usable = (traces[0] > 0) & (traces[1] > 0)
+    scale = jnp.where(usable, jnp.sqrt(traces[1] / jnp.where(usable, traces[0], 1)), 1)
+    return left * scale, right / scale
+
+
+def _trace(moment: jax.Array) -> jax.Array:
+    if moment.ndim == 2:
+        return jnp.sum(moment)
+    return jnp.sum(jnp.diagonal(moment, axis1=1, axis2=2))
+
+
+def _of_use(block: Block, use: Used, weight_sharing: str) -> Moments:
+    """Expand: positions count as examples. Reduce: inputs are averaged over them, outputs summed.
+
+    Eschenhagen et al., 2023, Kronecker-factored approximate curvature for modern architectures.
+    """
+    part = use.part
+    reduce = weight_sharing == "reduce"
+    per_position = use.weights if reduce else use.weights / part.positions
+    inputs = lambda x: jnp.mean(x, axis=3, keepdims=True) if reduce else x
+    outputs = lambda x: jnp.sum(x, axis=3, keepdims=True) if reduce else x
+    sides = (outputs, inputs) if use.swapped else (inputs, outputs)
+    weights = (None, per_position) if use.swapped else (per_position, None)
+    right = _second_moment(sides[1](part.right), weights[1])
+    if part.looks_up:
+        return _counts(block, part, per_position, reduce=reduce), right
+    left = sides[0](part.left)
+    if block.kind == "look-up":
+        scale = jnp.ones(()) if weights[0] is None else weights[0].reshape(-1, 1, 1, 1, 1)
+        return jnp.sum(left**2 * scale.astype(left.dtype), axis=(0, 1, 3)), right
+    return _second_moment(left, weights[0]), right
+
+
+def _counts(block: Block, part: Part, weights: jax.Array, *, reduce: bool) -> jax.Array:
+    """The diagonal of the second moment of one-hot vectors, (B, p)."""
+    index = part.left[:, 0]  # (N, B, T)
+    if reduce:
+        same = index[:, :, :, None] == index[:, :, None, :]
+        shares = jnp.sum(same, axis=3).astype(weights.dtype) / part.positions**2
+        values = weights[:, None, None] * shares
+    else:
+        values = jnp.broadcast_to(weights[:, None, None], index.shape)
+    b, p, _ = block.shape
+    copies = jnp.broadcast_to(jnp.arange(b)[None, :, None], index.shape)
+    return jnp.zeros((b, p), weights.dtype).at[copies, index].add(values)
+
+
+def _second_moment(x: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """sum_nct w_n x x^T of (N, C, B, T, k): (B, k, k)."""
+    if weights is not None:
+        x = x * jnp.sqrt(weights).astype(x.dtype).reshape(-1, 1, 1, 1, 1)
+    if x.shape[2] == 1:
+        rows = factored.as_matrix(x)
+        return factored.matmul(rows.T, rows)[None]
+    return factored.einsum("ncbti,ncbtj->bij", x, x)
+
+
+def squares(block: Block, uses: list[Used], left: jax.Array | None, right: jax.Array) -> jax.Array:
+    """E[(Q_g^T g a^T Q_a)^2], entry by entry, in a basis for each side: (B, p, q).
+
+    Args:
+      block: the block.
+      uses: of the block.
+      left: Q_a (B, p, p), None for the basis that one-hot vectors are.
+      right: Q_g (B, q, q).
+    """
+    b, p, q = block.shape
+    piece = lambda n, stride: () if n == 1 else ((n, stride),)
+    place = Place(0, (b, p, q), 0, piece(b, p * q), piece(p, q), piece(q, 1))
+    total = jnp.zeros((b, p, q), right.dtype)
+    for group in sorted({use.group for use in uses}):
+        turned = [_turned(use.part, left, right) for use in uses if use.group == group]
+        same = len({part.examples for part in turned}) == 1
+        for part in [along_positions(place, turned)] if same else turned:
+            total = total + factored.squares(place, part)
+    return total
+
+
+def _turned(part: Part, left: jax.Array | None, right: jax.Array) -> Part:
+    inputs = part.left if left is None else _rotate(part.left, left)
+    return Part(inputs, _rotate(part.right, right))
+
+
+def _rotate(x: jax.Array, basis: jax.Array) -> jax.Array:
+    if basis.shape[0] == 1:
+        return factored.matmul(factored.as_matrix(x), basis[0]).reshape(x.shape)
+    return factored.einsum("ncbti,bij->ncbtj", x, basis)
+
+
+def slots(costs: list[int], period: int) -> list[list[int]]:
+    """Shares items out over the steps of a period, dear ones first, to the cheapest step so far."""
+    shares: list[list[int]] = [[] for _ in range(period)]
+    load = [0] * period
+    for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        step = min(range(period), key=lambda s: load[s])
+        shares[step].append(item)
+        load[step] += costs[item]
+    return shares
+
+
+def in_turns(
+    count: jax.Array, period: int, costs: list[int], old: list[Any], make: Any
+) -> list[Any]:
+    """Renews items in turns, so that each is renewed once in a period and no step renews all.
+
+    Args:
+      count: steps so far; at step 0 everything is renewed.
+      period: in steps.
+      costs: of each item.
+      old: the items.
+      make: number of an item -> the item, renewed.
+    """
+    if period == 1:
+        return [make(i) for i in range(len(old))]
+    new = list(old)
+    for step, items in enumerate(slots(costs, period)):
+        if not items:
+            continue
+
+        def run(carry: tuple[jax.Array, list[Any]], items: list[int] = items) -> Any:
+            return jnp.asarray(False), [make(i) for i in items]
+
+        due = (count % period == step) | (count == 0)
+        # Not `cond`, which runs both branches under vmap.
+        _, kept = jax.lax.while_loop(lambda c: c[0], run, (due, [old[i] for i in items]))
+        for i, x in zip(items, kept, strict=True):
+            new[i] = x
+    return new
+
+
+def cost(moment: jax.Array) -> int:
+    """Operations of a factorisation."""
+    return moment.size if moment.ndim == 2 else moment.shape[0] * moment.shape[1] ** 3
+
+
+def empty(block: Block) -> Moments:
+    """Moments of zero."""
+    b, p, q = block.shape
+    if block.kind == "rows":
+        return (jnp.zeros((1, q) if q > MAX_ROWS else (1, q, q)),)
+    return jnp.zeros((b, p) if block.kind == "look-up" else (b, p, p)), jnp.zeros((b, q, q))
+
+
+def size(block: Block) -> int:
+    """The number of parameters in a block."""
+    return math.prod(block.shape)

@@ -1,0 +1,238 @@
+"""K-FAC: a Kronecker product for each linear use in place of its block of the Fisher matrix."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from natgrad_jax import _symmetric
+from natgrad_jax.curvature import Curvature
+from natgrad_jax.jacobian.kronecker import Block
+from natgrad_jax.metrics import Metric
+from natgrad_jax.solvers import _blocks
+from natgrad_jax.solvers import _kronecker
+from natgrad_jax.solvers import _solver
+from natgrad_jax.solvers._blocks import Average
+from natgrad_jax.solvers._solver import Report
+from natgrad_jax.solvers._solver import Solve
+from natgrad_jax.solvers._solver import Solver
+
+Tree = Any
+
+
+class KFACState(NamedTuple):
+    """State of :func:`kfac`.
+
+    Attributes:
+      count: steps so far. int32.
+      average: the factors, averaged over steps.
+      inverses: for each block and side the damped inverse (B, n, n), or its diagonal (B, n); with
+        the exact split eigenvalues (B, n) and eigenvectors (B, n, n).
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # a field, not tuple.count
+    average: Average
+    inverses: tuple[Any, ...]
+
+
+def kfac(
+    example_batch: Tree,
+    *,
+    example_params: Tree | None = None,
+    weight_sharing: str = "expand",
+    damping_split: str = "factored",
+    decay: float = 0.95,
+    factors_every: int = 1,
+    inverses_every: int = 5,
+) -> Solver:
+    r"""Solves with a Kronecker product for every linear use: an approximation.
+
+    .. math::
+        F_l \approx B_l \otimes A_l, \quad A_l = \mathbb{E}[a a^T], \quad B_l = \mathbb{E}[g g^T],
+        \qquad
+        D_l = (B_l + \tfrac{\sqrt\lambda}{\pi_l} I)^{-1}\, G_l\, (A_l + \pi_l \sqrt\lambda I)^{-1}
+
+    for the gradient :math:`G_l` of a weight, what enters its use (a, with a one for the bias) and
+    the cotangent of what leaves it (g), the damping :math:`\lambda` and
+    :math:`\pi_l^2 = (\mathrm{tr} A_l / \dim A_l) / (\mathrm{tr} B_l / \dim B_l)`.
+
+    Every linear use that the reader finds is a block with its bias: dense, convolutional, looked
+    up, stacked in a scan (one pair of factors for each layer). Parameters without linear use get
+    their exact block up to 256 entries, their exact diagonal beyond. Where examples mix (batch
+    normalisation in training mode) the factors come from one backward pass of all rows at once, as
+    is usual; `explain(..., solver=...)` tells which block every parameter is in.
+
+    Args:
+      example_batch: a batch as `update` will see, of any size. Only shapes and dtypes are read.
+      example_params: all parameters, where `optax.masked` or `optax.partition` hide some from
+        `init`. Only shapes and dtypes are read.
+      weight_sharing: where an example uses a weight at several positions, "expand" counts each as
+        an example (a loss at every position), "reduce" averages inputs and sums cotangents over
+        positions first (a loss after pooling).
+      damping_split: "factored" as above; "exact" for :math:`(B \otimes A + \lambda I)^{-1}` by the
+        eigenvectors of both, at twice the products and several times the factorisation.
+      decay: of the exponential averages of the factors, in [0, 1), which are corrected for their
+        start; 0 for the current batch alone.
+      factors_every: steps from one update of the factors to the next.
+      inverses_every: steps from one inversion of a factor to its next. Factors take turns, so that
+        no step but the first inverts all.
+
+    Returns:
+      A :class:`Solver`, for metrics that have rows and are not centered. With the factored split a
+      change of the damping counts from the next inversion on; with the exact one at once.
+
+    Raises:
+      ValueError: a choice, a period or the decay is none; `init` meets hidden parameters without
+        ``example_params``.
+
+    Examples:
+      A linear model with Gaussian outputs has this form exactly:
+
+      >>> import jax, jax.numpy as jnp, natgrad_jax as ng
+      >>> metric = ng.exact_fisher(lambda p, x: x @ p["w"] + p["b"], ng.Normal())
+      >>> x = jax.random.normal(jax.random.key(0), (20, 3))
+      >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+      >>> direction = lambda solver: ng.natural_gradient_direction(
+      ...     metric, params, x, params, solver=solver, damping=0.1)[0]
+      >>> exact = direction(ng.cholesky())
+      >>> close = lambda d: bool(jnp.allclose(d["w"], exact["w"], rtol=1e-3))
+      >>> close(direction(ng.kfac(x, damping_split="exact"))), close(direction(ng.kfac(x)))
+      (True, False)
+
+    Notes:
+      O(p^2 + q^2) memory and O(N (p^2 + q^2) + p q (p + q)) work for a layer of p inputs and q
+      outputs, O(p^3 + q^3) for its inverses. Under :func:`exact_fisher` the factors are exact
+      expectations, one backward pass for each output column; with many take
+      :func:`sampled_fisher`.
+
+    References:
+      Martens and Grosse, 2015, Optimizing neural networks with Kronecker-factored approximate
+      curvature; Grosse and Martens, 2016 (convolutions); Eschenhagen et al., 2023 (weight sharing).
+    """
+    name = "kfac"
+    _blocks.check_choice(name, "weight_sharing", weight_sharing, ("expand", "reduce"))
+    _blocks.check_choice(name, "damping_split", damping_split, ("factored", "exact"))
+    _blocks.check_decay(name, decay)
+    _blocks.check_period(name, "factors_every", factors_every)
+    _blocks.check_period(name, "inverses_every", inverses_every)
+    exact = damping_split == "exact"
+
+    def init(metric: Metric, params: Tree) -> Any:
+        found = _blocks.blocks_at_init(name, metric, params, example_batch, example_params)
+        if found is None:
+            return jnp.zeros(())  # a prefix of any state: optax asks with a placeholder
+        average = _blocks.start(*found)
+        sides = [m for own in average.moments for m in own]
+        eigen = lambda m: m if m.ndim == 2 else _symmetric.Eigen(jnp.zeros_like(m[:, 0]), m)
+        inverses = tuple(map(eigen, sides)) if exact else tuple(sides)
+        return KFACState(jnp.zeros((), jnp.int32), average, inverses)
+
+    def prepare(here: Curvature, damping: jax.Array, state: KFACState) -> tuple[Solve, KFACState]:
+        kronecker, average = _blocks.renewed(
+            here, state.average, state.count, factors_every, decay, weight_sharing
+        )
+        sides = [(b, s) for b, own in enumerate(average.moments) for s in range(len(own))]
+
+        def make(i: int) -> Any:
+            b, s = sides[i]
+            moment = average.unbiased(b, s)
+            if exact:
+                return _eigen(moment)
+            return _damped_inverse(moment, _share(average, b, s, damping))
+
+        costs = [_kronecker.cost(average.moments[b][s]) for b, s in sides]
+        inverses = _kronecker.in_turns(
+            state.count, inverses_every, costs, list(state.inverses), make
+        )
+        of_block: list[list[Any]] = [[] for _ in kronecker.blocks]
+        for (b, _), inverse in zip(sides, inverses, strict=True):
+            of_block[b].append(inverse)
+
+        def solve(g: Tree, state: KFACState) -> tuple[Tree, KFACState, Report]:
+            parts = [
+                _apply_exact(block, x, own, damping) if exact else _apply(block, x, own)
+                for block, x, own in zip(
+                    kronecker.blocks, kronecker.split(g), of_block, strict=True
+                )
+            ]
+            d = kronecker.merge(parts, _blocks.outside(here, g, damping))
+            return d, state, _solver.report(eigen_taken=exact)
+
+        return solve, KFACState(state.count + 1, average, tuple(inverses))
+
+    return Solver(name, init, prepare, needs_rows=True)
+
+
+def _share(average: Average, block: int, side: int, damping: jax.Array) -> jax.Array:
+    """The damping of one side, (B, 1): pi sqrt(damping) and sqrt(damping) / pi."""
+    own = average.moments[block]
+    if len(own) == 1:
+        return damping.reshape(1, 1)
+    means = [_mean_eigenvalue(m) for m in own]
+    usable = (means[0] > 0) & (means[1] > 0)
+    pi = jnp.where(usable, jnp.sqrt(means[0] / jnp.where(usable, means[1], 1)), 1)
+    return (jnp.sqrt(damping) * (pi if side == 0 else 1 / pi))[:, None]
+
+
+def _mean_eigenvalue(moment: jax.Array) -> jax.Array:
+    """(B,)."""
+    entries = moment if moment.ndim == 2 else jnp.diagonal(moment, axis1=1, axis2=2)
+    return jnp.mean(entries, axis=1)
+
+
+def _damped_inverse(moment: jax.Array, damping: jax.Array) -> jax.Array:
+    if moment.ndim == 2:
+        return _reciprocal(moment + damping)
+    if moment.shape[0] == 1:
+        return _symmetric.inverse(moment[0], damping[0, 0])[None]
+    return jax.vmap(_symmetric.inverse)(moment, damping[:, 0])
+
+
+def _reciprocal(x: jax.Array) -> jax.Array:
+    return jnp.where(x == 0, 0, 1 / jnp.where(x == 0, 1, x))
+
+
+def _eigen(moment: jax.Array) -> Any:
+    if moment.ndim == 2:
+        return moment
+    if moment.shape[0] == 1:
+        return jax.tree.map(lambda x: x[None], _symmetric.eigen(moment[0], definite=True))
+    return jax.vmap(lambda m: _symmetric.eigen(m, definite=True))(moment)
+
+
+def _apply(block: Block, x: jax.Array, inverses: list[jax.Array]) -> jax.Array:
+    if block.kind != "rows":
+        left = inverses[0]
+        x = left[:, :, None] * x if left.ndim == 2 else _product(left, x)
+    right = inverses[-1]
+    return x * right[:, None, :] if right.ndim == 2 else _product(x, right)
+
+
+def _apply_exact(block: Block, x: jax.Array, sides: list[Any], damping: jax.Array) -> jax.Array:
+    values = [s if isinstance(s, jax.Array) else s.values for s in sides]
+    bases = [None if isinstance(s, jax.Array) else s.vectors for s in sides]
+    product = values[-1][:, None, :]
+    if block.kind != "rows":
+        product = values[0][:, :, None] * product
+    else:
+        bases = [None, *bases]
+    return turned_back(bases, _reciprocal(product + damping) * turned(bases, x))
+
+
+def turned(bases: list[jax.Array | None], x: jax.Array) -> jax.Array:
+    """Q_a^T X Q_g; None for the identity."""
+    x = x if bases[0] is None else _product(jnp.swapaxes(bases[0], 1, 2), x)
+    return x if bases[1] is None else _product(x, bases[1])
+
+
+def turned_back(bases: list[jax.Array | None], x: jax.Array) -> jax.Array:
+    """Q_a X Q_g^T; None for the identity."""
+    x = x if bases[0] is None else _product(bases[0], x)
+    return x if bases[1] is None else _product(x, jnp.swapaxes(bases[1], 1, 2))
+
+
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Matrix products (B, m, k) (B, k, n)."""
+    if x.shape[0] == 1:
+        return jnp.matmul(x[0], y[0], precision=jax.lax.Precision.HIGHEST)[None]
+    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

@@ -109,7 +109,7 @@ def zeros_like(tree: Tree) -> Tree:
 def normalised(tree: Tree, dtype: jnp.dtype) -> tuple[Tree, jax.Array]:
     """A tree divided by a power of two (exact) near its largest entry, and that power.
 
-    NaN and infinity make all of it NaN, the power included.
+    NaN and infinity stay what they are, and make the power NaN.
     """
     largest = max_abs(tree, dtype)
     info = jnp.finfo(dtype)
@@ -120,6 +120,7 @@ def normalised(tree: Tree, dtype: jnp.dtype) -> tuple[Tree, jax.Array]:
     bits = jax.lax.bitcast_convert_type(jnp.where(usable, largest, 1), kind)
     mask = (2 ** (info.bits - 1) - 1) - (2**info.nmant - 1)
     power = jax.lax.bitcast_convert_type(bits & jnp.asarray(mask, kind), dtype)
-    rest = jnp.where(jnp.isfinite(largest), jnp.where(largest > 0, info.tiny, 1), jnp.nan)
-    size = jnp.where(usable, power, rest).astype(dtype)
-    return jax.tree.map(lambda x: x / size, tree), size
+    small = (largest > 0) & (largest < 1)
+    size = jnp.where(usable, power, jnp.where(small, info.tiny, 1)).astype(dtype)
+    unit = jax.tree.map(lambda x: x / size, tree)
+    return unit, jnp.where(jnp.isfinite(largest), size, jnp.nan)

@@ -7,5 +7,7 @@ from natgrad_jax.solvers.cg import CGState as CGState
 from natgrad_jax.solvers.cg import cg as cg
 from natgrad_jax.solvers.cholesky import cholesky as cholesky
 from natgrad_jax.solvers.diagonal import diagonal as diagonal
+from natgrad_jax.solvers.kfac import KFACState as KFACState
+from natgrad_jax.solvers.kfac import kfac as kfac
 from natgrad_jax.solvers.spectral import spectral as spectral
 from natgrad_jax.solvers.woodbury import woodbury as woodbury

@@ -148,7 +148,7 @@ def kronecker(
     model = engine.flatten(caller, function, params, batch, groups)
     made = engine.plan(model, output_metric.coefficients, independent)
     dtype = _trees.work_dtype(params)
-    apart = made.mode == "whole"
+    apart = made.reason is not None
     entries = _one_pass(model, made, output_metric, dtype) if apart else []
     if not apart:
         entries = _numbered(made, engine.parts_of(model, made, output_metric, dtype))
@@ -315,8 +315,10 @@ def _descending(pieces: list[tuple[int, int]]) -> np.ndarray:
 
 def _example_weights(model: Model, made: Plan, output_metric: Any, dtype: Any) -> list[jax.Array]:
     """The weight of every example of each group: the mean over its output leaves."""
-    if made.mode == "whole":
+    if made.reason is not None:
         return []  # positions all count alike
+    if made.mode == "whole":
+        return [jnp.ones((1,), dtype)]  # one example
     weights = jax.tree.leaves(output_metric.row_weights)
     result = []
     for number, rows in enumerate(made.rows):

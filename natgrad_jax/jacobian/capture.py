@@ -23,6 +23,7 @@ from natgrad_jax.jacobian import view as views
 from natgrad_jax.jacobian.example_axis import OWN
 from natgrad_jax.jacobian.example_axis import Label
 from natgrad_jax.jacobian.example_axis import Mixed
+from natgrad_jax.jacobian.tape import Origin
 from natgrad_jax.jacobian.tape import Tape
 from natgrad_jax.jacobian.tape import Value
 from natgrad_jax.jacobian.tape import arrays_of
@@ -109,8 +110,10 @@ def _plain(equation: Any, operands: list[Value], tape: Tape) -> list[Value]:
         labels = [_guessed(equation, tape.guess)]
     folded = _folded(equation, operands)
     arrays = _jaxpr.bind(equation, *arrays_of(operands))
+    origin = _moved_origin(equation, operands[0]) if len(operands) == 1 else None
     return [
-        Value(a, label, None, known) for a, label, known in zip(arrays, labels, folded, strict=True)
+        Value(a, label, None, known, origin)
+        for a, label, known in zip(arrays, labels, folded, strict=True)
     ]
 
 
@@ -209,7 +212,8 @@ def _linear(equation: Any, operands: list[Value], at: int, label: Any, tape: Tap
     use = uses.LINEAR[_jaxpr.name(equation)](equation, operands, at, label)
     (result,) = _jaxpr.bind(equation, *arrays_of(operands))
     probed = tape.probe(use, operands[at].view, label, result)
-    return [Value(probed, label, origin=(tape, len(tape.sites) - 1))]
+    origin = Origin(tape, len(tape.sites) - 1, tuple(range(result.ndim)))
+    return [Value(probed, label, origin=origin)]
 
 
 def _at_operands(
@@ -234,9 +238,31 @@ def _at_operands(
 
 def _note_bias(tape: Tape, other: Value) -> None:
     """Marks the last site as what is added to the result of a linear use."""
-    if other.origin is not None and other.origin[0] is tape:
-        distance = len(tape.sites) - 1 - other.origin[1]
-        tape.sites[-1] = tape.sites[-1]._replace(bias_of=distance)
+    if other.origin is not None and other.origin.tape is tape:
+        distance = len(tape.sites) - 1 - other.origin.number
+        dims = other.origin.dims
+        tape.sites[-1] = tape.sites[-1]._replace(bias_of=distance, bias_dims=dims)
+
+
+def _moved_origin(equation: Any, value: Value) -> Origin | None:
+    """The origin of the result of an equation that moves dimensions about, or casts."""
+    origin, name = value.origin, _jaxpr.name(equation)
+    if origin is None or len(equation.outvars) != 1:
+        return None
+    (shape,) = _jaxpr.shapes_out(equation)
+    if name == "convert_element_type":
+        return origin
+    if name == "transpose":
+        order = _jaxpr.parameter(equation, "permutation")
+        return origin._replace(dims=tuple(origin.dims[d] for d in order))
+    before = [d for d, n in enumerate(value.array.shape) if n != 1]
+    after = [d for d, n in enumerate(shape) if n != 1]
+    same = [value.array.shape[d] for d in before] == [shape[d] for d in after]
+    if name not in ("reshape", "squeeze", "expand_dims") or not same:
+        return None
+    place = dict(zip(after, before, strict=True))
+    dims = tuple(origin.dims[place[d]] if d in place else -1 for d in range(len(shape)))
+    return origin._replace(dims=dims)
 
 
 def _linearized(

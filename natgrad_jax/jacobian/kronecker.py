@@ -284,10 +284,12 @@ def _biases(made: Plan, families: list[_Family]) -> dict[int, tuple[int, Bias]]:
 
 def _bias(site: Site, partner: Site, place: Place) -> np.ndarray | None:
     """Which entries of its root a bias adds to the (b, q) of a use, (B, q); None for no match."""
-    shape = site.shape[len(site.loops) :]
-    long = lambda dims: [d for d in dims if shape[d] > 1]
-    kept, own = long(site.use.own), long(partner.use.own)
-    if site.shape != partner.shape or site.loops != partner.loops or sorted(own) != sorted(kept):
+    loops = len(site.loops)
+    shape, result = site.shape[loops:], partner.shape[loops:]
+    kept = [d for d in site.use.own if shape[d] > 1]
+    own = [d for d in partner.use.own if result[d] > 1]
+    at = [site.bias_dims[d] for d in kept]
+    if site.loops != partner.loops or sorted(at) != sorted(own):
         return None
     scanned = [piece for _, pieces in site.view.scanned for piece in pieces]
     b = [p for _, pieces in partner.view.scanned for p in pieces] + list(partner.use.b)
@@ -295,9 +297,9 @@ def _bias(site: Site, partner: Site, place: Place) -> np.ndarray | None:
     if any(not stride for _, stride in (*scanned, *b, *q)):
         return None
     index = views.indices(site.view.offset, (*scanned, *site.use.q))
-    loops = len(scanned)
     index = index.reshape([n for n, _ in scanned] + [shape[d] for d in kept])
-    index = index.transpose([*range(loops), *(loops + kept.index(d) for d in own)])
+    first = len(scanned)
+    index = index.transpose([*range(first), *(first + at.index(d) for d in own)])
     if index.size != views.size(tuple(b)) * views.size(tuple(q)) or index.size != math.prod(
         place.shape
     ):

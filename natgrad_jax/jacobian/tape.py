@@ -24,15 +24,28 @@ class Value(NamedTuple):
       label: where its examples lie.
       view: set when it is computed from parameters alone.
       known: its entries, where they are integers known now; a masked array for some of them.
-      origin: the tape and the number of the linear use that it is the result of, if nothing else
-        takes that result.
+      origin: the linear use that it is the result of, if nothing else takes that result.
     """
 
     array: jax.Array
     label: Label = None
     view: View | None = None
     known: Any = None
-    origin: tuple["Tape", int] | None = None
+    origin: "Origin | None" = None
+
+
+class Origin(NamedTuple):
+    """A linear use, seen from its result.
+
+    Attributes:
+      tape: that wrote it down.
+      number: of its site there.
+      dims: for each dimension of the value the dimension of the probed result; -1 for new ones.
+    """
+
+    tape: "Tape"
+    number: int
+    dims: tuple[int, ...]
 
 
 class Site(NamedTuple):
@@ -47,6 +60,7 @@ class Site(NamedTuple):
       loops: for each enclosing scan, outermost first, whether it runs over the parameter.
       bias_of: what is added to the result of a linear use, and to nothing else, has the cotangent
         of that use: so many sites before this one. 0 for none.
+      bias_dims: for each dimension of the probed value that of the value of the linear use.
     """
 
     use: Use
@@ -56,6 +70,7 @@ class Site(NamedTuple):
     dtype: jnp.dtype
     loops: tuple[bool, ...] = ()
     bias_of: int = 0
+    bias_dims: tuple[int, ...] = ()
 
 
 class Tape:

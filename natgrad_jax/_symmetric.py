@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
-#: Matrices up to this order are inverted by triangular solves.
-_SMALL = 128
+#: Width of the blocks that an inversion works on.
+SWEPT = 128
 
 
 class Eigen(NamedTuple):
@@ -121,13 +121,24 @@ def factorize(
     return Factor(solve, needed)
 
 
-def inverse(matrix: jax.Array, damping: jax.Array) -> jax.Array:
-    """(A + damping I)^-1 of a positive semi-definite A (n, n), its pseudo-inverse for damping 0.
+def inverse(matrix: jax.Array, damping: jax.Array, order: jax.Array) -> jax.Array:
+    """(A + damping I)^-1 of a positive semi-definite A, its pseudo-inverse for damping 0.
 
     Cholesky for damping > 0, the eigendecomposition elsewhere, as in :func:`factorize`.
+
+    Args:
+      matrix: (n, n), A in its upper left corner and zeros elsewhere.
+      damping: scalar.
+      order: the order of A, at most n.
+
+    Returns:
+      (n, n), the inverse in its upper left corner.
     """
     n, dtype = matrix.shape[0], matrix.dtype
-    found, pivots = _inverse_by_blocks(matrix + damping * jnp.eye(n, dtype=dtype))
+    # Past the corner the first pivot once more, which leaves the smallest and the largest alone.
+    own = jnp.arange(n) < order
+    rest = jnp.where(own, damping, matrix[0, 0] + damping)
+    found, pivots = _sweep(matrix + jnp.diag(rest.astype(dtype)))
     smallest, largest = jnp.min(pivots, initial=jnp.inf), jnp.max(pivots, initial=0)
     # False for NaN and infinity, too.
     sound = smallest > jnp.finfo(dtype).eps * largest
@@ -141,27 +152,38 @@ def inverse(matrix: jax.Array, damping: jax.Array) -> jax.Array:
     return jax.lax.while_loop(lambda c: c[0], run, (needed, found))[1]
 
 
-def _inverse_by_blocks(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _sweep(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The inverse of a positive definite matrix and its squared Cholesky pivots.
 
-    By the Schur complement of one half, so that nearly all of the work is matrix products: they run
-    on all cores, and several times as fast as triangular solves.
+    Block by block, a loop sweeps the matrix (Gauss-Jordan): nearly all of the work is one matrix
+    product a block, which runs on all cores and many times as fast as triangular solves, and a loop
+    compiles fast. The order must be at most 128 or a multiple of that.
     """
     n = matrix.shape[0]
-    if n <= _SMALL:
-        lower = jax.lax.linalg.cholesky(matrix.T, symmetrize_input=False)
-        eye = jnp.eye(n, dtype=matrix.dtype)
-        return jax.scipy.linalg.cho_solve((lower, True), eye), jnp.diagonal(lower) ** 2
+    width = min(n, SWEPT)
     multiply = functools.partial(jnp.matmul, precision=_HIGHEST)
-    k = n // 2
-    first, pivots = _inverse_by_blocks(matrix[:k, :k])
-    across = multiply(matrix[k:, :k], first)
-    schur = matrix[k:, k:] - multiply(across, matrix[:k, k:])
-    second, rest = _inverse_by_blocks((schur + schur.T) / 2)
-    corner = multiply(second, across)
-    upper = first + multiply(across.T, corner)
-    whole = jnp.block([[upper, -corner.T], [-corner, second]])
-    return whole, jnp.concatenate([pivots, rest])
+    eye = jnp.eye(width, dtype=matrix.dtype)
+
+    def step(k: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        a, pivots = carry
+        begin = k * width
+        rows = jax.lax.dynamic_slice_in_dim(a, begin, width)
+        block = jax.lax.dynamic_slice_in_dim(rows, begin, width, axis=1)
+        lower = jax.lax.linalg.cholesky(block, symmetrize_input=False)
+        inner = jax.scipy.linalg.cho_solve((lower, True), eye)
+        solved = multiply(inner, rows)
+        a = a - multiply(rows.T, solved)
+        a = jax.lax.dynamic_update_slice_in_dim(a, solved, begin, axis=0)
+        a = jax.lax.dynamic_update_slice_in_dim(a, solved.T, begin, axis=1)
+        a = jax.lax.dynamic_update_slice(a, -inner, (begin, begin))
+        pivots = jax.lax.dynamic_update_slice(pivots, jnp.diagonal(lower) ** 2, (begin,))
+        return a, pivots
+
+    if n == 0:
+        return matrix, jnp.zeros((0,), matrix.dtype)
+    start = matrix, jnp.zeros((n,), matrix.dtype)
+    swept, pivots = jax.lax.fori_loop(0, n // width, step, start)
+    return -swept, pivots
 
 
 def solve_in_range(

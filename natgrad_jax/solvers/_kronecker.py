@@ -5,11 +5,14 @@ one-hot vectors enter. A block of plain rows has one moment, its own exact Fishe
 or its diagonal (1, q) when it is large.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from natgrad_jax.jacobian import factored
 from natgrad_jax.jacobian.assemble import along_positions
@@ -143,50 +146,95 @@ def _rotate(x: jax.Array, basis: jax.Array) -> jax.Array:
     return factored.einsum("ncbti,bij->ncbtj", x, basis)
 
 
-def slots(costs: list[int], period: int) -> list[list[int]]:
-    """Shares items out over the steps of a period, dear ones first, to the cheapest step so far."""
-    shares: list[list[int]] = [[] for _ in range(period)]
-    load = [0] * period
+def slots(costs: list[int], period: int) -> list[int]:
+    """For each item its step within a period: dear ones first, each to the cheapest step so far."""
+    taken, load = [0] * len(costs), [0] * period
     for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
         step = min(range(period), key=lambda s: load[s])
-        shares[step].append(item)
+        taken[item] = step
         load[step] += costs[item]
-    return shares
+    return taken
 
 
 def in_turns(
-    count: jax.Array, period: int, costs: list[int], old: list[Any], make: Any
+    count: jax.Array,
+    period: int,
+    sources: list[jax.Array],
+    old: list[Any],
+    make: Callable[[jax.Array, jax.Array, jax.Array], Any],
+    scalars: jax.Array,
+    *,
+    multiple: int = 1,
 ) -> list[Any]:
     """Renews items in turns, so that each is renewed once in a period and no step renews all.
+
+    Items of the same order, rounded up to a multiple, are made by one loop over those that are due:
+    one program for all of them.
 
     Args:
       count: steps so far; at step 0 everything is renewed.
       period: in steps.
-      costs: of each item.
-      old: the items.
-      make: number of an item -> the item, renewed.
+      sources: what items are made of, (B, n, n) each.
+      old: the items, trees of arrays (B, n) or (B, n, n).
+      make: (source (B, m, m) with zeros past n, scalar (B,), n) -> item with m in place of n.
+      scalars: of each item, (items, B).
+      multiple: up to which orders above it are rounded.
+
+    Returns:
+      The items.
     """
-    if period == 1:
-        return [make(i) for i in range(len(old))]
+    steps = slots([x.shape[0] * x.shape[1] ** 3 for x in sources], period)
+    due = (count % period == jnp.asarray(steps, jnp.int32)) | (count == 0)
+    rounded = lambda n: -(-n // multiple) * multiple if n > multiple else n
+    classes: dict[tuple[int, int], list[int]] = {}
+    for i, x in enumerate(sources):
+        classes.setdefault((x.shape[0], rounded(x.shape[1])), []).append(i)
     new = list(old)
-    for step, items in enumerate(slots(costs, period)):
-        if not items:
-            continue
-
-        def run(carry: tuple[jax.Array, list[Any]], items: list[int] = items) -> Any:
-            return jnp.asarray(False), [make(i) for i in items]
-
-        due = (count % period == step) | (count == 0)
-        # Not `cond`, which runs both branches under vmap.
-        _, kept = jax.lax.while_loop(lambda c: c[0], run, (due, [old[i] for i in items]))
-        for i, x in zip(items, kept, strict=True):
+    for (_, order), items in classes.items():
+        made = _renewed_class(
+            due[np.asarray(items)],
+            [sources[i] for i in items],
+            [old[i] for i in items],
+            make,
+            [scalars[i] for i in items],
+            order,
+        )
+        for i, x in zip(items, made, strict=True):
             new[i] = x
     return new
 
 
-def cost(moment: jax.Array) -> int:
-    """Operations of a factorisation."""
-    return moment.size if moment.ndim == 2 else moment.shape[0] * moment.shape[1] ** 3
+def _renewed_class(
+    due: jax.Array,
+    sources: list[jax.Array],
+    old: list[Any],
+    make: Callable[[jax.Array, jax.Array, jax.Array], Any],
+    scalars: list[jax.Array],
+    order: int,
+) -> list[Any]:
+    count, numbers = len(sources), jnp.arange(len(sources))
+
+    def next_due(k: jax.Array) -> jax.Array:
+        return jnp.min(jnp.where(due & (numbers >= k), numbers, count))
+
+    def padded(i: int) -> jax.Array:
+        rest = order - sources[i].shape[1]
+        return jnp.pad(sources[i], ((0, 0), (0, rest), (0, rest)))
+
+    def step(carry: tuple[jax.Array, list[Any]]) -> tuple[jax.Array, list[Any]]:
+        k, items = carry
+        source = jax.lax.switch(k, [functools.partial(padded, i) for i in range(count)])
+        orders = jnp.asarray([x.shape[1] for x in sources])
+        item = make(source, jnp.stack(scalars)[k], orders[k])
+        cut = lambda x, like: x[tuple(slice(n) for n in like.shape)]
+        items = [
+            jax.tree.map(lambda x, like, i=i: jnp.where(k == i, cut(x, like), like), item, own)
+            for i, own in enumerate(items)
+        ]
+        return next_due(k + 1), items
+
+    # Not `cond`, which runs both branches under vmap.
+    return jax.lax.while_loop(lambda c: c[0] < count, step, (next_due(jnp.asarray(0)), old))[1]
 
 
 def empty(block: Block) -> Moments:
@@ -200,3 +248,18 @@ def empty(block: Block) -> Moments:
 def size(block: Block) -> int:
     """The number of parameters in a block."""
     return math.prod(block.shape)
+
+
+def mean_eigenvalues(sides: list[jax.Array]) -> jax.Array:
+    """The mean eigenvalue of each moment (B, n, n) or diagonal (B, n): (sides, largest B)."""
+    copies = max(x.shape[0] for x in sides)
+    entries = [x if x.ndim == 2 else jnp.diagonal(x, axis1=1, axis2=2) for x in sides]
+    wide = [jnp.broadcast_to(x[-1:], (copies - x.shape[0], x.shape[1])) for x in entries]
+    lines = jnp.concatenate(
+        [jnp.concatenate([x, w]) for x, w in zip(entries, wide, strict=True)], axis=1
+    )
+    # One product with a constant for all: a reduction for each would be a kernel for each.
+    sizes = [x.shape[1] for x in entries]
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    average = (owners[:, None] == np.arange(len(sizes))) / np.maximum(sizes, 1)
+    return factored.matmul(lines, jnp.asarray(average, lines.dtype)).T

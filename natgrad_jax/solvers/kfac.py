@@ -122,7 +122,8 @@ def kfac(
         if found is None:
             return jnp.zeros(())  # a prefix of any state: optax asks with a placeholder
         average = _blocks.start(*found)
-        sides = [m for own in average.moments for m in own]
+        # Arrays of their own: a step that donates its state must not meet one twice.
+        sides = [jnp.zeros_like(m) for own in average.moments for m in own]
         eigen = lambda m: m if m.ndim == 2 else _symmetric.Eigen(jnp.zeros_like(m[:, 0]), m)
         inverses = tuple(map(eigen, sides)) if exact else tuple(sides)
         return KFACState(jnp.zeros((), jnp.int32), average, inverses)
@@ -132,18 +133,8 @@ def kfac(
             here, state.average, state.count, factors_every, decay, weight_sharing
         )
         sides = [(b, s) for b, own in enumerate(average.moments) for s in range(len(own))]
-
-        def make(i: int) -> Any:
-            b, s = sides[i]
-            moment = average.unbiased(b, s)
-            if exact:
-                return _eigen(moment)
-            return _damped_inverse(moment, _share(average, b, s, damping))
-
-        costs = [_kronecker.cost(average.moments[b][s]) for b, s in sides]
-        inverses = _kronecker.in_turns(
-            state.count, inverses_every, costs, list(state.inverses), make
-        )
+        moments = [average.moments[b][s] / average.weight for b, s in sides]
+        inverses = _renewed(state, moments, sides, damping, inverses_every, exact=exact)
         of_block: list[list[Any]] = [[] for _ in kronecker.blocks]
         for (b, _), inverse in zip(sides, inverses, strict=True):
             of_block[b].append(inverse)
@@ -163,41 +154,71 @@ def kfac(
     return Solver(name, init, prepare, needs_rows=True)
 
 
-def _share(average: Average, block: int, side: int, damping: jax.Array) -> jax.Array:
-    """The damping of one side, (B, 1): pi sqrt(damping) and sqrt(damping) / pi."""
-    own = average.moments[block]
-    if len(own) == 1:
-        return damping.reshape(1, 1)
-    means = [_mean_eigenvalue(m) for m in own]
-    usable = (means[0] > 0) & (means[1] > 0)
-    pi = jnp.where(usable, jnp.sqrt(means[0] / jnp.where(usable, means[1], 1)), 1)
-    return (jnp.sqrt(damping) * (pi if side == 0 else 1 / pi))[:, None]
+def _renewed(
+    state: KFACState,
+    moments: list[jax.Array],
+    sides: list[tuple[int, int]],
+    damping: jax.Array,
+    period: int,
+    *,
+    exact: bool,
+) -> list[Any]:
+    """The inverses of all sides, those of matrices in turns."""
+    shares = _shares(moments, sides, damping)
+    fresh = list(state.inverses)
+    matrices = [i for i, m in enumerate(moments) if m.ndim == 3]
+    for i, moment in enumerate(moments):
+        if moment.ndim == 2:
+            fresh[i] = moment if exact else _reciprocal(moment + shares[i][: len(moment), None])
+    make, multiple = (_eigen, 1) if exact else (_inverse, _symmetric.SWEPT)
+    made = _kronecker.in_turns(
+        state.count,
+        period,
+        [moments[i] for i in matrices],
+        [fresh[i] for i in matrices],
+        make,
+        jnp.stack([shares[i] for i in matrices]) if matrices else jnp.zeros((0, 1)),
+        multiple=multiple,
+    )
+    for i, x in zip(matrices, made, strict=True):
+        fresh[i] = x
+    return fresh
 
 
-def _mean_eigenvalue(moment: jax.Array) -> jax.Array:
-    """(B,)."""
-    entries = moment if moment.ndim == 2 else jnp.diagonal(moment, axis1=1, axis2=2)
-    return jnp.mean(entries, axis=1)
+def _shares(
+    moments: list[jax.Array], sides: list[tuple[int, int]], damping: jax.Array
+) -> list[jax.Array]:
+    """The damping of each side, (largest B,): pi sqrt(damping) and sqrt(damping) / pi."""
+    means = _kronecker.mean_eigenvalues(moments)
+    shares = []
+    for i, (block, side) in enumerate(sides):
+        partner = i + 1 if side == 0 else i - 1
+        if partner >= len(sides) or sides[partner][0] != block:
+            shares.append(jnp.broadcast_to(damping, means[i].shape))
+            continue
+        usable = (means[i] > 0) & (means[partner] > 0)
+        ratio = jnp.where(usable, means[i] / jnp.where(usable, means[partner], 1), 1)
+        shares.append(jnp.sqrt(damping) * jnp.sqrt(ratio))
+    return shares
 
 
-def _damped_inverse(moment: jax.Array, damping: jax.Array) -> jax.Array:
-    if moment.ndim == 2:
-        return _reciprocal(moment + damping)
-    if moment.shape[0] == 1:
-        return _symmetric.inverse(moment[0], damping[0, 0])[None]
-    return jax.vmap(_symmetric.inverse)(moment, damping[:, 0])
+def _inverse(moments: jax.Array, damping: jax.Array, order: jax.Array) -> jax.Array:
+    one = lambda m, d: _symmetric.inverse(m, d, order)
+    if moments.shape[0] == 1:
+        return one(moments[0], damping[0])[None]
+    return jax.vmap(one)(moments, damping[: len(moments)])
+
+
+def _eigen(moments: jax.Array, damping: jax.Array, order: jax.Array) -> Any:
+    del damping, order
+    one = lambda m: _symmetric.eigen(m, definite=True)
+    if moments.shape[0] == 1:
+        return jax.tree.map(lambda x: x[None], one(moments[0]))
+    return jax.vmap(one)(moments)
 
 
 def _reciprocal(x: jax.Array) -> jax.Array:
     return jnp.where(x == 0, 0, 1 / jnp.where(x == 0, 1, x))
-
-
-def _eigen(moment: jax.Array) -> Any:
-    if moment.ndim == 2:
-        return moment
-    if moment.shape[0] == 1:
-        return jax.tree.map(lambda x: x[None], _symmetric.eigen(moment[0], definite=True))
-    return jax.vmap(lambda m: _symmetric.eigen(m, definite=True))(moment)
 
 
 def _apply(block: Block, x: jax.Array, inverses: list[jax.Array]) -> jax.Array:

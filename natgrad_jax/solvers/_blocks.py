@@ -30,10 +30,6 @@ class Average(NamedTuple):
     moments: tuple[Moments, ...]
     weight: jax.Array
 
-    def unbiased(self, block: int, side: int) -> jax.Array:
-        """A moment, free of the zeros that the average started from."""
-        return self.moments[block][side] / self.weight
-
 
 def blocks_at_init(
     caller: str, metric: Metric, params: Tree, example_batch: Tree, example_params: Tree | None

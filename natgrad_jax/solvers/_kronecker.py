@@ -162,7 +162,7 @@ def in_turns(
     sources: list[jax.Array],
     old: list[Any],
     make: Callable[[jax.Array, jax.Array, jax.Array], Any],
-    scalars: jax.Array,
+    scalars: list[jax.Array],
     *,
     multiple: int = 1,
 ) -> list[Any]:
@@ -177,7 +177,7 @@ def in_turns(
       sources: what items are made of, (B, n, n) each.
       old: the items, trees of arrays (B, n) or (B, n, n).
       make: (source (B, m, m) with zeros past n, scalar (B,), n) -> item with m in place of n.
-      scalars: of each item, (items, B).
+      scalars: of each item, (B,).
       multiple: up to which orders above it are rounded.
 
     Returns:
@@ -185,7 +185,7 @@ def in_turns(
     """
     steps = slots([x.shape[0] * x.shape[1] ** 3 for x in sources], period)
     due = (count % period == jnp.asarray(steps, jnp.int32)) | (count == 0)
-    rounded = lambda n: -(-n // multiple) * multiple if n > multiple else n
+    rounded = lambda n: -(-n // multiple) * multiple
     classes: dict[tuple[int, int], list[int]] = {}
     for i, x in enumerate(sources):
         classes.setdefault((x.shape[0], rounded(x.shape[1])), []).append(i)

@@ -20,6 +20,10 @@ from natgrad_jax.solvers._solver import Solver
 Tree = Any
 
 
+#: Orders are rounded up to a multiple of this, so that one program inverts several factors.
+_ROUNDED = 32
+
+
 class KFACState(NamedTuple):
     """State of :func:`kfac`.
 
@@ -133,8 +137,7 @@ def kfac(
             here, state.average, state.count, factors_every, decay, weight_sharing
         )
         sides = [(b, s) for b, own in enumerate(average.moments) for s in range(len(own))]
-        moments = [average.moments[b][s] / average.weight for b, s in sides]
-        inverses = _renewed(state, moments, sides, damping, inverses_every, exact=exact)
+        inverses = _renewed(state, average, sides, damping, inverses_every, exact=exact)
         of_block: list[list[Any]] = [[] for _ in kronecker.blocks]
         for (b, _), inverse in zip(sides, inverses, strict=True):
             of_block[b].append(inverse)
@@ -156,7 +159,7 @@ def kfac(
 
 def _renewed(
     state: KFACState,
-    moments: list[jax.Array],
+    average: Average,
     sides: list[tuple[int, int]],
     damping: jax.Array,
     period: int,
@@ -164,20 +167,23 @@ def _renewed(
     exact: bool,
 ) -> list[Any]:
     """The inverses of all sides, those of matrices in turns."""
-    shares = _shares(moments, sides, damping)
+    moments = [average.moments[b][s] for b, s in sides]
+    bias = 1 / average.weight
+    shares = _shares(bias * _kronecker.mean_eigenvalues(moments), sides, damping)
     fresh = list(state.inverses)
     matrices = [i for i, m in enumerate(moments) if m.ndim == 3]
     for i, moment in enumerate(moments):
         if moment.ndim == 2:
-            fresh[i] = moment if exact else _reciprocal(moment + shares[i][: len(moment), None])
-    make, multiple = (_eigen, 1) if exact else (_inverse, _symmetric.SWEPT)
+            own = shares[i][: len(moment), None]
+            fresh[i] = bias * moment if exact else _reciprocal(bias * moment + own)
+    make, multiple = (_eigen, 1) if exact else (_inverse, _ROUNDED)
     made = _kronecker.in_turns(
         state.count,
         period,
         [moments[i] for i in matrices],
         [fresh[i] for i in matrices],
-        make,
-        jnp.stack([shares[i] for i in matrices]) if matrices else jnp.zeros((0, 1)),
+        lambda moment, share, order: make(bias * moment, share, order),
+        [shares[i] for i in matrices],
         multiple=multiple,
     )
     for i, x in zip(matrices, made, strict=True):
@@ -185,11 +191,8 @@ def _renewed(
     return fresh
 
 
-def _shares(
-    moments: list[jax.Array], sides: list[tuple[int, int]], damping: jax.Array
-) -> list[jax.Array]:
+def _shares(means: jax.Array, sides: list[tuple[int, int]], damping: jax.Array) -> list[jax.Array]:
     """The damping of each side, (largest B,): pi sqrt(damping) and sqrt(damping) / pi."""
-    means = _kronecker.mean_eigenvalues(moments)
     shares = []
     for i, (block, side) in enumerate(sides):
         partner = i + 1 if side == 0 else i - 1

@@ -7,6 +7,8 @@ from natgrad_jax.solvers.cg import CGState as CGState
 from natgrad_jax.solvers.cg import cg as cg
 from natgrad_jax.solvers.cholesky import cholesky as cholesky
 from natgrad_jax.solvers.diagonal import diagonal as diagonal
+from natgrad_jax.solvers.ekfac import EKFACState as EKFACState
+from natgrad_jax.solvers.ekfac import ekfac as ekfac
 from natgrad_jax.solvers.kfac import KFACState as KFACState
 from natgrad_jax.solvers.kfac import kfac as kfac
 from natgrad_jax.solvers.spectral import spectral as spectral

@@ -1,5 +1,6 @@
 """What the Kronecker-factored solvers share: blocks at `init`, averages, checks."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from natgrad_jax import _boundary
 from natgrad_jax import _trees
 from natgrad_jax.curvature import Curvature
 from natgrad_jax.curvature import curvature
-from natgrad_jax.jacobian.kronecker import Block
+from natgrad_jax.jacobian.blocks import Block
 from natgrad_jax.jacobian.kronecker import Kronecker
 from natgrad_jax.metrics import Metric
 from natgrad_jax.solvers import _kronecker
@@ -67,27 +68,41 @@ def start(blocks: list[Block], dtype: Any) -> Average:
 
 
 def renewed(
-    here: Curvature, old: Average, count: jax.Array, every: int, decay: float, weight_sharing: str
+    here: Curvature,
+    old: Average,
+    count: jax.Array,
+    every: int,
+    decay: float,
+    weight_sharing: str,
+    *,
+    keep_uses: bool = False,
 ) -> tuple[Kronecker, Average]:
-    """The blocks, and their moments averaged with those of this batch on every so many steps."""
-    found: list[Kronecker] = []
+    """The blocks, and their moments averaged with those of this batch on every so many steps.
+
+    `keep_uses`: whether uses are wanted on every step; otherwise they may be those of none.
+    """
+    always = every == 1 or keep_uses
+    found = [here.kronecker()] if always else []
 
     def step(old: Average) -> Average:
-        kronecker = here.kronecker()
+        kronecker = found[0] if always else here.kronecker()
         found[:] = [kronecker]
         new = _kronecker.moments(kronecker, weight_sharing)
-        mix = lambda x, y: decay * x + (1 - decay) * y
-        moments = jax.tree.map(mix, old.moments, tuple(new))
-        return Average(moments, mix(old.weight, jnp.ones_like(old.weight)))
+        moments = jax.tree.map(functools.partial(mixed, decay), old.moments, tuple(new))
+        return Average(moments, mixed(decay, old.weight, jnp.ones_like(old.weight)))
 
     if every == 1:
-        average = step(old)
-    else:
-        # Not `cond`, which runs both branches under vmap.
-        run = lambda carry: (jnp.asarray(False), step(carry[1]))
-        _, average = jax.lax.while_loop(lambda c: c[0], run, (count % every == 0, old))
+        return found[0], step(old)
+    # Not `cond`, which runs both branches under vmap.
+    run = lambda carry: (jnp.asarray(False), step(carry[1]))
+    _, average = jax.lax.while_loop(lambda c: c[0], run, (count % every == 0, old))
     # Of what was read in the body of a loop the blocks and their layout remain; arrays do not.
-    return found[0] if every == 1 else found[0]._replace(uses=[]), average
+    return found[0] if always else found[0]._replace(uses=[]), average
+
+
+def mixed(decay: float, old: jax.Array, new: jax.Array) -> jax.Array:
+    """One step of an exponential average."""
+    return decay * old + (1 - decay) * new
 
 
 def outside(here: Curvature, g: Tree, damping: jax.Array) -> Tree:

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from natgrad_jax import _symmetric
 from natgrad_jax.jacobian import factored
 from natgrad_jax.jacobian.assemble import along_positions
+from natgrad_jax.jacobian.blocks import Block
 from natgrad_jax.jacobian.factored import Part
 from natgrad_jax.jacobian.factored import Place
-from natgrad_jax.jacobian.kronecker import Block
 from natgrad_jax.jacobian.kronecker import Kronecker
 from natgrad_jax.jacobian.kronecker import Used
 
@@ -37,10 +38,15 @@ def moments(kronecker: Kronecker, weight_sharing: str) -> list[Moments]:
 
 
 def _row_moment(uses: list[Used]) -> Moments:
-    rows = jnp.concatenate([factored.as_matrix(use.part.right) for use in uses])
+    rows = rows_of(uses)
     if rows.shape[1] > MAX_ROWS:
         return (jnp.sum(rows**2, axis=0)[None],)
     return (factored.matmul(rows.T, rows)[None],)
+
+
+def rows_of(uses: list[Used]) -> jax.Array:
+    """The rows of a block without linear use, (rows, q)."""
+    return jnp.concatenate([factored.as_matrix(use.part.right) for use in uses])
 
 
 def _pair(block: Block, uses: list[Used], weight_sharing: str) -> Moments:
@@ -263,3 +269,36 @@ def mean_eigenvalues(sides: list[jax.Array]) -> jax.Array:
     owners = np.repeat(np.arange(len(sizes)), sizes)
     average = (owners[:, None] == np.arange(len(sizes))) / np.maximum(sizes, 1)
     return factored.matmul(lines, jnp.asarray(average, lines.dtype)).T
+
+
+def eigen(moments: jax.Array, scalar: jax.Array, order: jax.Array) -> Any:
+    """Eigenvalues (B, n) and eigenvectors (B, n, n) of moments, made by `in_turns`."""
+    del scalar, order
+    one = lambda m: _symmetric.eigen(m, definite=True)
+    if moments.shape[0] == 1:
+        return jax.tree.map(lambda x: x[None], one(moments[0]))
+    return jax.vmap(one)(moments)
+
+
+def reciprocal(x: jax.Array) -> jax.Array:
+    """1 / x, 0 for 0."""
+    return jnp.where(x == 0, 0, 1 / jnp.where(x == 0, 1, x))
+
+
+def turned(bases: list[jax.Array | None], x: jax.Array) -> jax.Array:
+    """Q_a^T X Q_g; None for the identity."""
+    x = x if bases[0] is None else product(jnp.swapaxes(bases[0], 1, 2), x)
+    return x if bases[1] is None else product(x, bases[1])
+
+
+def turned_back(bases: list[jax.Array | None], x: jax.Array) -> jax.Array:
+    """Q_a X Q_g^T; None for the identity."""
+    x = x if bases[0] is None else product(bases[0], x)
+    return x if bases[1] is None else product(x, jnp.swapaxes(bases[1], 1, 2))
+
+
+def product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Matrix products (B, m, k) (B, k, n)."""
+    if x.shape[0] == 1:
+        return jnp.matmul(x[0], y[0], precision=jax.lax.Precision.HIGHEST)[None]
+    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

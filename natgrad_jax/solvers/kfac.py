@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from natgrad_jax import _symmetric
 from natgrad_jax.curvature import Curvature
-from natgrad_jax.jacobian.kronecker import Block
+from natgrad_jax.jacobian.blocks import Block
 from natgrad_jax.metrics import Metric
 from natgrad_jax.solvers import _blocks
 from natgrad_jax.solvers import _kronecker
@@ -175,8 +175,8 @@ def _renewed(
     for i, moment in enumerate(moments):
         if moment.ndim == 2:
             own = shares[i][: len(moment), None]
-            fresh[i] = bias * moment if exact else _reciprocal(bias * moment + own)
-    make, multiple = (_eigen, 1) if exact else (_inverse, _ROUNDED)
+            fresh[i] = bias * moment if exact else _kronecker.reciprocal(bias * moment + own)
+    make, multiple = (_kronecker.eigen, 1) if exact else (_inverse, _ROUNDED)
     made = _kronecker.in_turns(
         state.count,
         period,
@@ -212,24 +212,12 @@ def _inverse(moments: jax.Array, damping: jax.Array, order: jax.Array) -> jax.Ar
     return jax.vmap(one)(moments, damping[: len(moments)])
 
 
-def _eigen(moments: jax.Array, damping: jax.Array, order: jax.Array) -> Any:
-    del damping, order
-    one = lambda m: _symmetric.eigen(m, definite=True)
-    if moments.shape[0] == 1:
-        return jax.tree.map(lambda x: x[None], one(moments[0]))
-    return jax.vmap(one)(moments)
-
-
-def _reciprocal(x: jax.Array) -> jax.Array:
-    return jnp.where(x == 0, 0, 1 / jnp.where(x == 0, 1, x))
-
-
 def _apply(block: Block, x: jax.Array, inverses: list[jax.Array]) -> jax.Array:
     if block.kind != "rows":
         left = inverses[0]
-        x = left[:, :, None] * x if left.ndim == 2 else _product(left, x)
+        x = left[:, :, None] * x if left.ndim == 2 else _kronecker.product(left, x)
     right = inverses[-1]
-    return x * right[:, None, :] if right.ndim == 2 else _product(x, right)
+    return x * right[:, None, :] if right.ndim == 2 else _kronecker.product(x, right)
 
 
 def _apply_exact(block: Block, x: jax.Array, sides: list[Any], damping: jax.Array) -> jax.Array:
@@ -240,23 +228,6 @@ def _apply_exact(block: Block, x: jax.Array, sides: list[Any], damping: jax.Arra
         product = values[0][:, :, None] * product
     else:
         bases = [None, *bases]
-    return turned_back(bases, _reciprocal(product + damping) * turned(bases, x))
-
-
-def turned(bases: list[jax.Array | None], x: jax.Array) -> jax.Array:
-    """Q_a^T X Q_g; None for the identity."""
-    x = x if bases[0] is None else _product(jnp.swapaxes(bases[0], 1, 2), x)
-    return x if bases[1] is None else _product(x, bases[1])
-
-
-def turned_back(bases: list[jax.Array | None], x: jax.Array) -> jax.Array:
-    """Q_a X Q_g^T; None for the identity."""
-    x = x if bases[0] is None else _product(bases[0], x)
-    return x if bases[1] is None else _product(x, jnp.swapaxes(bases[1], 1, 2))
-
-
-def _product(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Matrix products (B, m, k) (B, k, n)."""
-    if x.shape[0] == 1:
-        return jnp.matmul(x[0], y[0], precision=jax.lax.Precision.HIGHEST)[None]
-    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+    return _kronecker.turned_back(
+        bases, _kronecker.reciprocal(product + damping) * _kronecker.turned(bases, x)
+    )

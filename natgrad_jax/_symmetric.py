@@ -145,7 +145,7 @@ def inverse(matrix: jax.Array, damping: jax.Array, order: jax.Array) -> jax.Arra
 
     def run(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         values, vectors = eigen(matrix, definite=True)
-        scaled = vectors * damped_inverse(values, damping)
+        scaled = vectors * damped_inverse(values, damping)[None, :]
         return jnp.asarray(False), jnp.matmul(scaled, vectors.T, precision=_HIGHEST)
 
     needed = (damping <= 0) | ~(sound | (n == 0))

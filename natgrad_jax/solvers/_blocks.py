@@ -35,11 +35,16 @@ class Average(NamedTuple):
 def blocks_at_init(
     caller: str, metric: Metric, params: Tree, example_batch: Tree, example_params: Tree | None
 ) -> tuple[list[Block], Any] | None:
-    """The blocks of the parameters and the working dtype, from shapes; None without parameters."""
-    if not jax.tree.leaves(params):
-        return None
+    """The blocks of the parameters and the working dtype, from shapes; None without parameters.
+
+    A placeholder (`optax.tree.map_params` asks with one) stands for the example parameters.
+    """
     hidden = lambda x: isinstance(x, optax.MaskedNode)
     masked = any(map(hidden, jax.tree.leaves(params, is_leaf=hidden)))
+    if not jax.tree.leaves(params):
+        if masked or example_params is None:
+            return None
+        params = example_params
     if masked and example_params is None:
         raise ValueError(
             f"{caller}: some parameters are hidden (optax.MaskedNode), but the shapes of all are"
@@ -54,10 +59,9 @@ def blocks_at_init(
         found[:] = kronecker.blocks
         return jnp.zeros(())
 
-    shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+    shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jax.dtypes.canonicalize_dtype(x.dtype))
     full = jax.tree.map(shape, example_params) if masked else None
-    visible = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    jax.eval_shape(read, visible, full, jax.tree.map(shape, example_batch))
+    jax.eval_shape(read, jax.tree.map(shape, params), full, jax.tree.map(shape, example_batch))
     return found, _trees.work_dtype(params)
 
 

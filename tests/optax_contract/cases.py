@@ -76,6 +76,15 @@ SOLVERS = {
     "diagonal": SolverRow(ng.diagonal(), "diagonal"),
     "block_diagonal": SolverRow(ng.block_diagonal(), "blocks"),
 }
+# Solvers that are told the shapes of a problem.
+SHAPED = {
+    # Rosenbrock's valley forgives no inverse that is five steps old.
+    "kfac": lambda params, batch: ng.kfac(batch, example_params=params, inverses_every=1),
+    "kfac_exact": lambda params, batch: ng.kfac(
+        batch, example_params=params, damping_split="exact", factors_every=2, inverses_every=2
+    ),
+    "ekfac": lambda params, batch: ng.ekfac(batch, example_params=params),
+}
 EXACT = [name for name, row in SOLVERS.items() if row.structure == "dense"]
 
 
@@ -158,6 +167,16 @@ CASES = {
         for name, metric in METRICS.items()
         if metric is not _exact
     },
+    **{
+        f"scale_by_natural_gradient-{name}": Case(
+            ng.scale_by_natural_gradient,
+            dict(metric=_exact, solver=make(PARAMS, BATCH), damping=DAMPING),
+            schedules=("damping",),
+            optimizer=_rate(0.3),
+            steps=20_000,
+        )
+        for name, make in SHAPED.items()
+    },
     "scale_by_natural_gradient-momentum": Case(
         ng.scale_by_natural_gradient,
         _MOMENTUM,
@@ -218,6 +237,12 @@ REPRESENTATIVES = [
 def transformation(name):
     """The transformation of a row; one object, so that tests share its compiled program."""
     return CASES[name].make()
+
+
+def shaped(name, params, batch):
+    """What a row needs changed for a problem of other shapes."""
+    solver = name.removeprefix("scale_by_natural_gradient-")
+    return {"solver": SHAPED[solver](params, batch)} if solver in SHAPED else {}
 
 
 def arrays(dtype=None):

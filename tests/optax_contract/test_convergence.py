@@ -79,7 +79,8 @@ def test_descends_to_the_minimum(name, problem):
     case = cases.CASES[name]
     metric = (HESSIANS if name.endswith("hessian") else METRICS)[problem]
     takes_metric = "metric" in inspect.signature(case.factory).parameters
-    tx = case.make(**({"metric": metric} if takes_metric else {}))
+    changes = cases.shaped(name, PROBLEMS[problem][1], None)
+    tx = case.make(**changes, **({"metric": metric} if takes_metric else {}))
     optimizer = tx if case.optimizer is None else case.optimizer(tx, metric)
     start = float(loss(problem, PROBLEMS[problem][1]))
     assert final_loss(optimizer, problem, case.steps) < 1e-3 * start

@@ -81,7 +81,7 @@ def close(name, got, expected):
 def test_explicit_axes_stay_in_the_types(name):
     """With Explicit axes shardings are part of types: tracing shows them for every row."""
     params, grads, batch = placed("explicit", "sharded")
-    tx = cases.transformation(name)
+    tx = cases.CASES[name].make(**cases.shaped(name, PARAMS, BATCH))
     state = tx.init(params)
     updates, new = jax.eval_shape(tx.update, grads, state, params, batch=batch)
     shardings = lambda tree: [jax.typeof(x).sharding for x in jax.tree.leaves(tree)]

@@ -16,12 +16,6 @@ import os
 import sys
 import time
 
-ONE_CORE = "--one-core" in sys.argv
-if ONE_CORE:
-    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-
 import _timing
 import jax
 import jax.numpy as jnp
@@ -31,6 +25,12 @@ import optax
 import natgrad_jax as ng
 
 PERIOD = 5
+ONE_CORE = "--one-core" in sys.argv
+if ONE_CORE:
+    # Read when the first array is made.
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 def stepper(loss, tx, params, images, *, extra):

@@ -31,6 +31,10 @@ from natgrad_jax.fisher import gram_matrix as gram_matrix
 from natgrad_jax.divergence import kl_divergence as kl_divergence
 from natgrad_jax.explanation import Explanation as Explanation
 from natgrad_jax.explanation import explain as explain
+from natgrad_jax.kronecker_approximation import KroneckerApproximation as KroneckerApproximation
+from natgrad_jax.kronecker_approximation import (
+    kronecker_approximation as kronecker_approximation,
+)
 from natgrad_jax.scores import score as score
 from natgrad_jax.scores import score_norms as score_norms
 

@@ -8,13 +8,18 @@ import jax
 
 from natgrad_jax import _boundary
 from natgrad_jax import _trees
+from natgrad_jax.curvature import curvature
 from natgrad_jax.jacobian import assemble
 from natgrad_jax.jacobian import engine
 from natgrad_jax.jacobian import gram
+from natgrad_jax.jacobian.blocks import Block
 from natgrad_jax.jacobian.factored import Factor
 from natgrad_jax.jacobian.factored import Part
 from natgrad_jax.jacobian.joined import leaves_behind
+from natgrad_jax.jacobian.kronecker import Kronecker
 from natgrad_jax.metrics import Metric
+from natgrad_jax.solvers import Solver
+from natgrad_jax.solvers._kronecker import MAX_ROWS
 
 Tree = Any
 
@@ -32,6 +37,7 @@ class LeafReport(NamedTuple):
       reason: why it is dense; empty otherwise.
       bytes: memory of what is held.
       operations: multiplications of its share of the Gram matrix.
+      block: its blocks in `kfac` or `ekfac`; empty for any other solver.
     """
 
     path: str
@@ -42,6 +48,7 @@ class LeafReport(NamedTuple):
     reason: str
     bytes: int
     operations: int
+    block: str = ""
 
 
 class Explanation(NamedTuple):
@@ -88,7 +95,11 @@ class Explanation(NamedTuple):
             for leaf in self.leaves
         ]
         total = ["total", str(self.parameters), "", "", "", _short(self.bytes, "B")]
-        return [head, *lines, [*total, _short(self.operations, ""), ""]]
+        table = [head, *lines, [*total, _short(self.operations, ""), ""]]
+        blocks = ["block", *(leaf.block for leaf in self.leaves), ""]
+        if not any(blocks[1:]):
+            return table
+        return [[*line, block] for line, block in zip(table, blocks, strict=True)]
 
     def _summary(self) -> str:
         how = {
@@ -117,7 +128,7 @@ class Explanation(NamedTuple):
         return f"<p>{html.escape(self._summary())}</p><table>{body}</table>"
 
 
-def explain(metric: Metric, params: Tree, batch: Tree) -> Explanation:
+def explain(metric: Metric, params: Tree, batch: Tree, solver: Solver | None = None) -> Explanation:
     r"""Tells how the rows of every parameter are held, and why where they are dense.
 
     A parameter that enters linearly has rows in factored form,
@@ -128,6 +139,7 @@ def explain(metric: Metric, params: Tree, batch: Tree) -> Explanation:
       metric: a metric that has rows.
       params: parameters, a pytree of real arrays with P numbers.
       batch: pytree of arrays, as the metric's model takes it. Only shapes are used.
+      solver: `kfac(...)` or `ekfac(...)` adds a column with the blocks that it makes.
 
     Returns:
       An :class:`Explanation`: one line for each parameter, and a total; it prints as a table.
@@ -168,10 +180,43 @@ def explain(metric: Metric, params: Tree, batch: Tree) -> Explanation:
         _leaf(jax.tree_util.keystr(path), i, leaf.shape, factors, made[0])
         for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params))
     ]
+    if solver is not None and solver.name in ("kfac", "ekfac"):
+        blocks = _blocks_of(metric, params, batch, [leaf.path for leaf in reports])
+        reports = [r._replace(block=block) for r, block in zip(reports, blocks, strict=True)]
     count = sum(group.examples * group.columns for group in made[0].rows)
     return Explanation(
         tuple(reports), count, _trees.size(params), made[0].mode, made[0].reason or ""
     )
+
+
+def _blocks_of(metric: Metric, params: Tree, batch: Tree, paths: list[str]) -> list[str]:
+    """For each parameter the blocks that Kronecker-factored solvers put it in."""
+    found: list[Kronecker] = []
+
+    def read(params: Tree, batch: Tree) -> None:
+        key = jax.random.key(0) if metric.needs_key else None
+        found[:] = [curvature(metric, params, batch, key).kronecker()]
+
+    jax.eval_shape(read, params, batch)
+    texts: list[list[str]] = [[] for _ in paths]
+    for block, leaves in zip(found[0].blocks, found[0].leaves, strict=True):
+        for leaf in leaves:
+            others = ", ".join(paths[i] for i in leaves if i != leaf)
+            text = _block_text(block) + (f" with {others}" if others else "")
+            if found[0].positions_apart and block.kind != "rows":
+                text += ", one backward pass for all rows"
+            if text not in texts[leaf]:
+                texts[leaf].append(text)
+    return ["; ".join(own) or "none" for own in texts]
+
+
+def _block_text(block: Block) -> str:
+    b, p, q = block.shape
+    copies = f"{b} x " if b > 1 else ""
+    if block.kind == "rows":
+        return f"exact block {q}" if q <= MAX_ROWS else f"exact diagonal {q}"
+    inputs = f"diagonal {p}" if block.kind == "look-up" else str(p)
+    return f"{copies}kronecker {inputs} (x) {q}"
 
 
 def _leaf(

@@ -280,6 +280,12 @@ def eigen(moments: jax.Array, scalar: jax.Array, order: jax.Array) -> Any:
     return jax.vmap(one)(moments)
 
 
+def damped_inverse(values: jax.Array, damping: jax.Array) -> jax.Array:
+    """1 / (value + damping), 0 for 0 / 0; what is rounding beside the largest value counts as 0."""
+    cut = jnp.finfo(values.dtype).eps * max(values.shape) * jnp.max(values, initial=0)
+    return reciprocal(jnp.where(values > cut, values, 0) + damping)
+
+
 def reciprocal(x: jax.Array) -> jax.Array:
     """1 / x, 0 for 0."""
     return jnp.where(x == 0, 0, 1 / jnp.where(x == 0, 1, x))
@@ -302,3 +308,21 @@ def product(x: jax.Array, y: jax.Array) -> jax.Array:
     if x.shape[0] == 1:
         return jnp.matmul(x[0], y[0], precision=jax.lax.Precision.HIGHEST)[None]
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def spectrum(
+    block: Block, uses: list[Used], own: Moments, *, corrected: bool
+) -> tuple[list[jax.Array | None], jax.Array]:
+    """The two bases of a block, None for the identity, and its eigenvalues there (B, p, q).
+
+    `corrected`: second moments in that basis in place of products of the factors' eigenvalues.
+    """
+    unused = jnp.zeros(())
+    eigens = [None if m.ndim == 2 else eigen(m, unused, unused) for m in own]
+    bases = [None if e is None else e.vectors for e in eigens]
+    values = [m if e is None else e.values for m, e in zip(own, eigens, strict=True)]
+    if block.kind == "rows":
+        return [None, *bases], values[0][:, None, :]
+    if corrected:
+        return bases, squares(block, uses, *bases)
+    return bases, values[0][:, :, None] * values[1][:, None, :]

@@ -127,7 +127,7 @@ def ekfac(
         def solve(g: Tree, state: EKFACState) -> tuple[Tree, EKFACState, Report]:
             parts = []
             for x, own, s in zip(kronecker.split(g), of_block, squares, strict=True):
-                gains = _kronecker.reciprocal(s / weight + damping)
+                gains = _kronecker.damped_inverse(s / weight, damping)
                 parts.append(_kronecker.turned_back(own, gains * _kronecker.turned(own, x)))
             d = kronecker.merge(parts, _blocks.outside(here, g, damping))
             return d, state, _solver.report(eigen_taken=True)

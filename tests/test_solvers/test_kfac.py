@@ -1,0 +1,222 @@
+"""What `kfac` and `ekfac` keep from step to step: averages, turns, and when damping counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import natgrad_jax as ng
+from natgrad_jax.solvers import _kronecker
+
+RNG = np.random.default_rng(2)
+PARAMS = {
+    "one": {"w": RNG.normal(size=(3, 5)), "b": RNG.normal(size=5)},
+    "two": {"w": RNG.normal(size=(5, 2)), "b": RNG.normal(size=2)},
+}
+GRADS = jax.tree.map(lambda x: RNG.normal(size=x.shape), PARAMS)
+BATCHES = RNG.normal(size=(12, 6, 3))
+
+
+def model(params, x):
+    def layer(x, own):
+        z = x @ own["w"]
+        return z + jnp.broadcast_to(own["b"], z.shape)
+
+    return layer(jnp.tanh(layer(x, params["one"])), params["two"])
+
+
+METRIC = ng.gauss_newton(lambda params, x: jnp.tanh(model(params, x)))
+
+
+def run(solver, steps, dampings=None, grads=GRADS):
+    """Directions and states of several steps at the same parameters."""
+    tx = ng.scale_by_natural_gradient(METRIC, solver=solver)
+    step = jax.jit(tx.update)
+    state, found = tx.init(PARAMS), []
+    for i in range(steps):
+        damping = 0.1 if dampings is None else dampings[i]
+        d, state = step(grads, state, PARAMS, batch=BATCHES[i], damping=damping)
+        found.append((d, state.solver))
+    return found
+
+
+def same(one, two):
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
+    return all(np.allclose(a, b, rtol=1e-6, atol=1e-12) for a, b in pairs)
+
+
+def input_moment(batch):
+    inputs = np.c_[batch, np.ones(len(batch))]
+    return inputs.T @ inputs / len(batch)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("make", [ng.kfac, ng.ekfac])
+def test_factors_are_averages_corrected_for_their_start(make, x64):
+    decay = 0.7
+    states = [state for _, state in run(make(BATCHES[0], decay=decay), 3)]
+    weights = np.array([decay**2, decay, 1.0])
+    for i in range(3):
+        own = weights[2 - i :]
+        parts = [w * input_moment(BATCHES[k]) for k, w in enumerate(own)]
+        average = states[i].average
+        found = average.moments[0][0][0] / average.weight
+        np.testing.assert_allclose(found, sum(parts) / own.sum(), rtol=1e-12)
+
+
+def test_without_decay_only_the_current_batch_counts(x64):
+    """And with it, the control, earlier ones do."""
+    for decay, expected in [(0, True), (0.9, False)]:
+        late = run(ng.kfac(BATCHES[0], decay=decay, inverses_every=1), 4)[-1][0]
+        tx = ng.scale_by_natural_gradient(METRIC, solver=ng.kfac(BATCHES[0]), damping=0.1)
+        fresh, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, batch=BATCHES[3])
+        assert same(late, fresh) is expected
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ng.kfac(BATCHES[0], inverses_every=3),
+        lambda: ng.kfac(BATCHES[0], inverses_every=3, damping_split="exact"),
+        lambda: ng.ekfac(BATCHES[0], basis_every=3),
+    ],
+)
+def test_each_factor_is_renewed_once_in_a_period_and_never_all_at_once(make, x64):
+    states = [state for _, state in run(make(), 10)]
+    of = lambda state: jax.tree.leaves(
+        state.inverses if hasattr(state, "inverses") else state.bases
+    )
+    changes = np.array(
+        [
+            [bool(np.any(a != b)) for a, b in zip(of(old), of(new), strict=True)]
+            for old, new in zip(states[:-1], states[1:], strict=True)
+        ]
+    )
+    for begin in range(len(changes) - 2):
+        np.testing.assert_array_equal(changes[begin : begin + 3].sum(axis=0), 1)
+    assert not changes.all(axis=1).any()
+
+
+def test_turns_are_shared_out_evenly():
+    costs = [100, 90, 80, 30, 20, 10, 10]
+    steps = _kronecker.slots(costs, 3)
+    loads = [sum(c for c, s in zip(costs, steps, strict=True) if s == k) for k in range(3)]
+    assert max(loads) <= 1.2 * sum(costs) / 3
+    assert _kronecker.slots([5, 5], 1) == [0, 0]
+
+
+def test_factors_rest_between_their_steps(x64):
+    states = [state for _, state in run(ng.kfac(BATCHES[0], factors_every=2), 4)]
+    assert same(states[0].average, states[1].average)
+    assert not same(states[1].average, states[2].average)
+    assert same(states[2].average, states[3].average)
+
+
+def test_with_the_factored_split_damping_counts_from_the_next_inversion_on(x64):
+    constant = run(ng.kfac(BATCHES[0], inverses_every=4), 3, [0.1, 0.1, 0.1])
+    changed = run(ng.kfac(BATCHES[0], inverses_every=4), 3, [0.1, 10.0, 10.0])
+    stale = lambda runs, i: jax.tree.leaves(runs[i][1].inverses)
+    kept = [
+        np.array_equal(a, b) for a, b in zip(stale(constant, 1), stale(changed, 1), strict=True)
+    ]
+    assert 0 < sum(kept) < len(kept)
+    exact = ng.kfac(BATCHES[0], inverses_every=4, damping_split="exact")
+    one, two = (run(exact, 2, [0.1, d])[-1][0] for d in (0.1, 10.0))
+    norm = lambda d: np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(d)))
+    assert norm(two) < 0.2 * norm(one)
+
+
+@pytest.mark.parametrize("make", [ng.kfac, ng.ekfac])
+def test_damping_zero_is_a_pseudo_inverse(make, x64):
+    """One example: every factor is singular."""
+    gradient = jax.grad(lambda p: jnp.sum(jnp.tanh(model(p, BATCHES[0][:1]))))(PARAMS)
+    directions = []
+    for solver in (make(BATCHES[0][:1]), ng.cholesky()):
+        d, _ = ng.natural_gradient_direction(
+            METRIC, PARAMS, BATCHES[0][:1], gradient, solver=solver, damping=0.0
+        )
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(d))
+        directions.append(d)
+    size = lambda d: max(np.abs(x).max() for x in jax.tree.leaves(d))
+    assert size(directions[0]) < 10 * size(directions[1])
+
+
+@pytest.mark.parametrize("make", [ng.kfac, ng.ekfac])
+def test_scaling_the_gradient_scales_the_direction(make, x64):
+    (one, _), (large, _) = (
+        run(make(BATCHES[0]), 1, grads=jax.tree.map(lambda g, c=c: c * g, GRADS))[0]
+        for c in (1.0, 1e6)
+    )
+    assert same(jax.tree.map(lambda x: 1e6 * x, one), large)
+
+
+def test_as_a_preconditioner_it_saves_iterations(x64):
+    """E6: where it is exact, conjugate gradients are done at once; without it they are not."""
+    x, w = RNG.normal(size=(30, 6)) * np.arange(1.0, 7.0), RNG.normal(size=(6, 2))
+    metric = ng.gauss_newton(lambda w, x: x @ w)
+
+    def iterations(preconditioner):
+        solver = ng.cg(tol=1e-8, preconditioner=preconditioner)
+        _, info = ng.natural_gradient_direction(metric, w, x, w, solver=solver, damping=1e-3)
+        assert info.relative_residual < 1e-7
+        return int(info.iterations)
+
+    assert iterations(ng.kfac(x, damping_split="exact")) <= 2
+    assert iterations(ng.ekfac(x)) <= 2
+    assert iterations(None) > 4
+
+
+@pytest.mark.parametrize("make", [ng.kfac, ng.ekfac])
+def test_a_mask_needs_example_params(make, x64):
+    mask = {"one": True, "two": False}
+    tx = optax.masked(ng.scale_by_natural_gradient(METRIC, solver=make(BATCHES[0])), mask)
+    with pytest.raises(ValueError, match="example_params"):
+        tx.init(PARAMS)
+    solver = make(BATCHES[0], example_params=PARAMS)
+    tx = optax.masked(ng.scale_by_natural_gradient(METRIC, solver=solver, damping=0.1), mask)
+    arguments = dict(batch=BATCHES[0], full_params=PARAMS)
+    d, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, **arguments)
+    whole = run(make(BATCHES[0]), 1)[0][0]
+    # Blocks do not see one another: those of the visible layer are the same.
+    assert same(d["one"], whole["one"])
+    assert same(d["two"], GRADS["two"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(weight_sharing="mean"), "weight_sharing"),
+        (dict(damping_split="none"), "damping_split"),
+        (dict(decay=1.0), "decay"),
+        (dict(factors_every=0), "factors_every"),
+        (dict(inverses_every=2.5), "inverses_every"),
+    ],
+)
+def test_settings_that_are_none_are_named(settings, words):
+    with pytest.raises(ValueError, match=f"kfac: {words}"):
+        ng.kfac(BATCHES[0], **settings)
+
+
+def test_metrics_without_factors_are_named(x64):
+    for metric, words in [
+        (ng.euclidean(), "has"),
+        (ng.empirical_fisher(lambda p, x: model(p, x)[:, 0], centered=True), "centered"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            ng.natural_gradient_direction(
+                metric, PARAMS, BATCHES[0], GRADS, solver=ng.kfac(BATCHES[0])
+            )
+
+
+def test_without_example_params_a_placeholder_gives_a_prefix_of_the_state(x64):
+    tx = ng.scale_by_natural_gradient(METRIC, solver=ng.kfac(BATCHES[0]))
+    state = tx.init(PARAMS)
+    mapped = optax.tree.map_params(tx, lambda x: x + 1, state)
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
+
+
+def test_the_state_holds_factors_and_inverses_and_nothing_more(x64):
+    state = ng.scale_by_natural_gradient(METRIC, solver=ng.kfac(BATCHES[0])).init(PARAMS).solver
+    orders = [4, 5, 6, 2]
+    assert sum(x.size for x in jax.tree.leaves(state)) == 2 * sum(n * n for n in orders) + 2

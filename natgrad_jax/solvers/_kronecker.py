@@ -281,8 +281,13 @@ def eigen(moments: jax.Array, scalar: jax.Array, order: jax.Array) -> Any:
 
 
 def damped_inverse(values: jax.Array, damping: jax.Array) -> jax.Array:
-    """1 / (value + damping), 0 for 0 / 0; what is rounding beside the largest value counts as 0."""
-    cut = jnp.finfo(values.dtype).eps * max(values.shape) * jnp.max(values, initial=0)
+    """1 / (value + damping), 0 for 0 / 0; what is rounding beside the largest value counts as 0.
+
+    Values (B, p, q) of sides in ascending order, or of a side of length one: the largest stand at
+    the end of one of them, and a pass over all is saved.
+    """
+    ends = jnp.concatenate([values[:, :, -1:].reshape(-1), values[:, -1:, :].reshape(-1)])
+    cut = jnp.finfo(values.dtype).eps * max(values.shape) * jnp.max(ends, initial=0)
     return reciprocal(jnp.where(values > cut, values, 0) + damping)
 
 

@@ -1,5 +1,7 @@
 """What `kfac` and `ekfac` keep from step to step: averages, turns, and when damping counts."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -14,15 +14,19 @@ README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 
 @pytest.mark.smoke
 def test_the_chain_example_of_the_readme_lowers_the_loss():
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    chain, kfac = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(chain, "README.md", "exec"), names)
     start = jax.tree.map(lambda p: 0 * p, names["params"])
     before = names["loss"](start, names["batch"])
     after = names["loss"](names["params"], names["batch"])
     # A model of zeros gives the log of the number of classes.
     assert abs(float(before) - 1.0986) < 1e-3
     assert float(after) < 0.8 * float(before)
+    # The next one goes on from there.
+    exec(compile(kfac, "README.md", "exec"), names)
+    moved = jax.tree.map(jnp.add, names["params"], names["updates"])
+    assert float(names["loss"](moved, names["batch"])) < float(after)
 
 
 def test_the_table_of_explain_is_what_it_prints():

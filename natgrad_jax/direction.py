@@ -120,7 +120,7 @@ def check_arguments(caller: str, metric: Metric, solver: Solver | None, damping:
     if solver is not None and not isinstance(solver, Solver):
         raise ValueError(
             f"{caller}: unknown solver {solver!r}; take None or one of cholesky(), woodbury(),"
-            " cg(), spectral(), diagonal(), block_diagonal()"
+            " cg(), spectral(), kfac(batch), ekfac(batch), diagonal(), block_diagonal()"
         )
     if solver is not None and solver.needs_rows and metric.output_metric is None:
         raise ValueError(

@@ -100,7 +100,7 @@ def cg(
         not isinstance(preconditioner, Solver) or preconditioner.name == "cg"
     ):
         raise ValueError(
-            "cg: preconditioner must be a linear solver such as diagonal() or block_diagonal(), got"
+            "cg: preconditioner must be a linear solver such as kfac(batch) or diagonal(), got"
             f" {getattr(preconditioner, 'name', preconditioner)!r}"
         )
 

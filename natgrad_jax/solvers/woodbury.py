@@ -54,8 +54,8 @@ def woodbury() -> Solver:
       O(M^2 P + M^3) work; M^2 (p + q) for a layer of p inputs and q outputs. What lies outside the
       row space of R is only divided by the damping: `info.outside_row_space` reports its share of
       the step. Where rounding in the subtraction would be seen in the direction (g within the row
-      space, small damping), the part inside is computed apart from the part outside, for four
-      products of R instead of two. With damping 0, and where Cholesky fails, an eigendecomposition
+      space, small damping), the direction is corrected by its residual, for four products of R
+      instead of two. With damping 0, and where Cholesky fails, an eigendecomposition
       of R R^T takes its place, several times the price.
 
     References:

@@ -109,7 +109,10 @@ def kronecker(
     entries = _one_pass(model, made, output_metric, dtype) if apart else []
     if not apart:
         entries = _numbered(made, engine.parts_of(model, made, output_metric, dtype))
-    families = _families(entries)
+    joined = made.readings[0].joined if made.readings[0] is not None else {}
+    # The order of parameters, not that of equations: it must not depend on the batch.
+    first = lambda family: (min(leaves_behind(family.place.leaf, joined)), family.place.offset)
+    families = sorted(_families(entries), key=first)
     biases = _biases(made, families)
     taken = {bias for bias, _ in biases.values()}
     weights = _example_weights(model, made, output_metric, dtype)
@@ -121,7 +124,6 @@ def kronecker(
         block = Block(family.place, bias, _kind(family))
         blocks.append(block)
         uses.append(_uses(block, family, weights))
-    joined = made.readings[0].joined if made.readings[0] is not None else {}
     split, merge = layout(blocks, joined, params)
     leaves = [
         [

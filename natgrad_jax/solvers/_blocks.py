@@ -92,6 +92,7 @@ def renewed(
         kronecker = found[0] if always else here.kronecker()
         found[:] = [kronecker]
         new = _kronecker.moments(kronecker, weight_sharing)
+        _check_same_blocks(here.name, old, new)
         moments = jax.tree.map(functools.partial(mixed, decay), old.moments, tuple(new))
         return Average(moments, mixed(decay, old.weight, jnp.ones_like(old.weight)))
 
@@ -102,6 +103,15 @@ def renewed(
     _, average = jax.lax.while_loop(lambda c: c[0], run, (count % every == 0, old))
     # Of what was read in the body of a loop the blocks and their layout remain; arrays do not.
     return found[0] if always else found[0]._replace(uses=[]), average
+
+
+def _check_same_blocks(name: str, old: Average, new: list[Moments]) -> None:
+    shapes = lambda moments: [[m.shape for m in own] for own in moments]
+    if shapes(old.moments) != shapes(new):
+        raise ValueError(
+            f"{name}: this batch puts the parameters in other blocks than the example_batch of the"
+            f" solver: factors of shapes {shapes(new)}, the state has {shapes(old.moments)}"
+        )
 
 
 def mixed(decay: float, old: jax.Array, new: jax.Array) -> jax.Array:

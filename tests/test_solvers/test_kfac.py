@@ -212,6 +212,25 @@ def test_metrics_without_factors_are_named(x64):
             )
 
 
+def test_a_batch_of_another_structure_is_named(x64):
+    deeper = lambda params, batch: (
+        model(params, batch["x"]) * (params["one"]["b"][0] if "y" in batch else 1.0)
+    )
+    metric = ng.gauss_newton(deeper)
+    tx = ng.scale_by_natural_gradient(metric, solver=ng.kfac({"x": BATCHES[0]}))
+    with pytest.raises(ValueError, match="other blocks than the example_batch"):
+        tx.update(GRADS, tx.init(PARAMS), PARAMS, batch={"x": BATCHES[0], "y": BATCHES[0]})
+
+
+@pytest.mark.parametrize("make", [ng.kfac, ng.ekfac])
+def test_batches_of_any_size_will_do(make, x64):
+    tx = ng.scale_by_natural_gradient(METRIC, solver=make(BATCHES[0]), damping=0.1)
+    state = tx.init(PARAMS)
+    for size in (4, 1):
+        d, state = tx.update(GRADS, state, PARAMS, batch=BATCHES[0][:size])
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(d))
+
+
 def test_without_example_params_a_placeholder_gives_a_prefix_of_the_state(x64):
     tx = ng.scale_by_natural_gradient(METRIC, solver=ng.kfac(BATCHES[0]))
     state = tx.init(PARAMS)

@@ -35,7 +35,8 @@ def key_stream(caller: str, key: Any) -> KeyStream:
         following, now = jax.random.split(jax.random.wrap_key_data(data, impl=impl))
         return jax.random.key_data(following), now
 
-    return KeyStream(lambda: jax.random.key_data(typed), split)
+    # A copy: a step that donates its state must not take the key with it.
+    return KeyStream(lambda: jnp.array(jax.random.key_data(typed), copy=True), split)
 
 
 def typed_key(caller: str, key: Any) -> jax.Array:

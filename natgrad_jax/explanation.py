@@ -139,13 +139,14 @@ def explain(metric: Metric, params: Tree, batch: Tree, solver: Solver | None = N
       metric: a metric that has rows.
       params: parameters, a pytree of real arrays with P numbers.
       batch: pytree of arrays, as the metric's model takes it. Only shapes are used.
-      solver: `kfac(...)` or `ekfac(...)` adds a column with the blocks that it makes.
+      solver: `kfac(...)` or `ekfac(...)` adds a column with the blocks that it makes; others add
+        nothing.
 
     Returns:
       An :class:`Explanation`: one line for each parameter, and a total; it prints as a table.
 
     Raises:
-      ValueError: the metric has no rows.
+      ValueError: the metric has no rows, or ``solver`` is none.
 
     Examples:
       >>> import jax.numpy as jnp, natgrad_jax as ng
@@ -160,6 +161,8 @@ def explain(metric: Metric, params: Tree, batch: Tree, solver: Solver | None = N
     _boundary.check_metric("explain", metric)
     _boundary.check_params("explain", params)
     _boundary.check_batch("explain", batch)
+    if solver is not None and not isinstance(solver, Solver):
+        raise ValueError(f"explain: unknown solver {solver!r}; take kfac(batch) or ekfac(batch)")
     if metric.output_metric is None or metric.outputs is None or metric.groups is None:
         raise ValueError(f"explain: the metric {metric.name} has no rows")
     groups, dtype = metric.groups(batch), _trees.work_dtype(params)

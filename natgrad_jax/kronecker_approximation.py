@@ -25,7 +25,8 @@ class KroneckerApproximation(NamedTuple):
       trace: () -> tr F.
       log_determinant: damping -> log det (F + damping I).
       matrix: () -> F (P, P), leaves raveled in tree order. O(P^2) memory: for small models.
-      blocks: the paths of the parameters that share each block.
+      blocks: the paths of the parameters that share each block. Parameters that no output depends
+        on are in none: F is 0 there.
     """
 
     product: Callable[[Tree], Tree]

@@ -102,6 +102,8 @@ def kronecker(
             f"{caller}: a centered metric has no Kronecker factors; take centered=False, or an"
             " exact solver such as woodbury()"
         )
+    if any(group.size == 0 for group in groups):
+        raise ValueError(f"{caller}: the batch is empty: Kronecker factors need an example")
     model = engine.flatten(caller, function, params, batch, groups)
     made = engine.plan(model, output_metric.coefficients, independent)
     dtype = _trees.work_dtype(params)

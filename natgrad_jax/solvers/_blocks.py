@@ -1,6 +1,7 @@
 """What the Kronecker-factored solvers share: blocks at `init`, averages, checks."""
 
 import functools
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -127,7 +128,7 @@ def outside(here: Curvature, g: Tree, damping: jax.Array) -> Tree:
 
 def check_period(caller: str, name: str, value: Any) -> None:
     """Raises unless a period is a positive int."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{caller}: {name} must be a positive int, got {value!r}")
 
 
@@ -140,4 +141,4 @@ def check_choice(caller: str, name: str, value: Any, choices: tuple[str, ...]) -
 def check_decay(caller: str, decay: Any) -> None:
     """Raises unless a decay lies in [0, 1)."""
     if not isinstance(decay, int | float) or not 0 <= decay < 1:
-        raise ValueError(f"{caller}: decay must be a number in [0, 1), got {decay!r}")
+        raise ValueError(f"{caller}: decay must be a Python number in [0, 1), got {decay!r}")

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax import _boundary
 from natgrad_jax.curvature import Curvature
 from natgrad_jax.jacobian.blocks import Block
 from natgrad_jax.jacobian.kronecker import Kronecker
@@ -57,7 +58,9 @@ def ekfac(
 
     with the eigenvectors :math:`Q_A, Q_B` of the factors that :func:`kfac` takes, and the second
     moments of every entry of per-example gradients in that basis. Of all matrices that are diagonal
-    there it is the nearest to the block, so no farther than K-FAC's own.
+    there it is, at one batch, the nearest to the block, so no farther than K-FAC's own. Averages
+    over batches go on from one basis to the next without being turned with it: they lag while the
+    basis moves.
 
     Args:
       example_batch: as for :func:`kfac`.
@@ -97,6 +100,7 @@ def ekfac(
       eigenbasis.
     """
     name = "ekfac"
+    _boundary.check_batch(f"{name}: example_batch", example_batch)
     _blocks.check_choice(name, "weight_sharing", weight_sharing, ("expand", "reduce"))
     _blocks.check_decay(name, decay)
     _blocks.check_period(name, "factors_every", factors_every)

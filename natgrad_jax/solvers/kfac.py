@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax import _boundary
 from natgrad_jax import _symmetric
 from natgrad_jax.curvature import Curvature
 from natgrad_jax.jacobian.blocks import Block
@@ -61,8 +62,9 @@ def kfac(
     :math:`\pi_l^2 = (\mathrm{tr} A_l / \dim A_l) / (\mathrm{tr} B_l / \dim B_l)`.
 
     Every linear use that the reader finds is a block with its bias: dense, convolutional, looked
-    up, stacked in a scan (one pair of factors for each layer). Parameters without linear use get
-    their exact block up to 256 entries, their exact diagonal beyond. Where examples mix (batch
+    up, stacked in a scan (one pair of factors for each layer). Parameters without linear use
+    (elementwise scales and shifts, other nonlinear uses) get their exact block up to 256 entries,
+    their exact diagonal beyond. Where examples mix (batch
     normalisation in training mode) the factors come from one backward pass of all rows at once, as
     is usual; `explain(..., solver=...)` tells which block every parameter is in.
 
@@ -105,15 +107,17 @@ def kfac(
 
     Notes:
       O(p^2 + q^2) memory and O(N (p^2 + q^2) + p q (p + q)) work for a layer of p inputs and q
-      outputs, O(p^3 + q^3) for its inverses. Under :func:`exact_fisher` the factors are exact
-      expectations, one backward pass for each output column; with many take
-      :func:`sampled_fisher`.
+      outputs, O(p^3 + q^3) for its inverses. Until a factor's second turn its inverse is that of
+      the first batch alone: let that be large, or start with more damping. Under
+      :func:`exact_fisher` the factors are exact expectations, one backward pass for each output
+      column; with many take :func:`sampled_fisher`.
 
     References:
       Martens and Grosse, 2015, Optimizing neural networks with Kronecker-factored approximate
       curvature; Grosse and Martens, 2016 (convolutions); Eschenhagen et al., 2023 (weight sharing).
     """
     name = "kfac"
+    _boundary.check_batch(f"{name}: example_batch", example_batch)
     _blocks.check_choice(name, "weight_sharing", weight_sharing, ("expand", "reduce"))
     _blocks.check_choice(name, "damping_split", damping_split, ("factored", "exact"))
     _blocks.check_decay(name, decay)

@@ -242,3 +242,27 @@ def test_the_state_holds_factors_and_inverses_and_nothing_more(x64):
     state = ng.scale_by_natural_gradient(METRIC, solver=ng.kfac(BATCHES[0])).init(PARAMS).solver
     orders = [4, 5, 6, 2]
     assert sum(x.size for x in jax.tree.leaves(state)) == 2 * sum(n * n for n in orders) + 2
+
+
+def test_an_empty_batch_is_named(x64):
+    with pytest.raises(ValueError, match="the batch is empty"):
+        ng.natural_gradient_direction(
+            METRIC, PARAMS, BATCHES[0][:0], GRADS, solver=ng.kfac(BATCHES[0])
+        )
+
+
+@pytest.mark.parametrize("solver", [None, ng.kfac(BATCHES[0])])
+def test_a_donated_state_takes_nothing_with_it(solver, x64):
+    key = jax.random.key(3)
+    tx = ng.scale_by_natural_gradient(METRIC, solver=solver, damping=0.1, key=key)
+    step = jax.jit(
+        lambda state: tx.update(GRADS, state, PARAMS, batch=BATCHES[0])[1], donate_argnums=0
+    )
+    first, second = step(tx.init(PARAMS)), step(tx.init(PARAMS))
+    assert same(first.info, second.info)
+    assert jax.random.key_data(key).shape == (2,)
+
+
+def test_explain_wants_a_solver(x64):
+    with pytest.raises(ValueError, match="explain: unknown solver"):
+        ng.explain(METRIC, PARAMS, BATCHES[0], ng.kfac)

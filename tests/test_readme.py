@@ -23,10 +23,11 @@ def test_the_chain_example_of_the_readme_lowers_the_loss():
     # A model of zeros gives the log of the number of classes.
     assert abs(float(before) - 1.0986) < 1e-3
     assert float(after) < 0.8 * float(before)
-    # The next one goes on from there.
+    # The next one takes up the same names.
+    names["params"] = start
     exec(compile(kfac, "README.md", "exec"), names)
-    moved = jax.tree.map(jnp.add, names["params"], names["updates"])
-    assert float(names["loss"](moved, names["batch"])) < float(after)
+    moved = jax.tree.map(jnp.add, start, names["updates"])
+    assert float(names["loss"](moved, names["batch"])) < 0.95 * float(before)
 
 
 def test_the_table_of_explain_is_what_it_prints():

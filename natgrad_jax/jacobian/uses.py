@@ -41,7 +41,6 @@ class Use(NamedTuple):
       p: pieces that `left` runs over.
       q: pieces that `right` runs over.
       record: what enters the use.
-      at_operand: whether the probe is added to the operand, broadcast, or to the result.
       own: dimensions of the probed value that b and q run over, in this order.
     """
 
@@ -52,7 +51,6 @@ class Use(NamedTuple):
     p: Pieces
     q: Pieces
     record: Record = None
-    at_operand: bool = False
     own: tuple[int, ...] = ()
 
 
@@ -131,7 +129,7 @@ def operand(name: str, view: View, label: Axis) -> Use:
     def right(_: Record, g: jax.Array) -> jax.Array:
         return _laid_out(g, label, summed, kept)[:, None]
 
-    return Use(name, None, right, (), (), _joined(view, kept), at_operand=True, own=kept)
+    return Use(name, None, right, (), (), _joined(view, kept), own=kept)
 
 
 def convolution(equation: Any, operands: list[Any], at: int, label: Axis) -> Use:

@@ -6,7 +6,6 @@ or its diagonal (1, q) when it is large.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -249,11 +248,6 @@ def empty(block: Block) -> Moments:
     if block.kind == "rows":
         return (jnp.zeros((1, q) if q > MAX_ROWS else (1, q, q)),)
     return jnp.zeros((b, p) if block.kind == "look-up" else (b, p, p)), jnp.zeros((b, q, q))
-
-
-def size(block: Block) -> int:
-    """The number of parameters in a block."""
-    return math.prod(block.shape)
 
 
 def mean_eigenvalues(sides: list[jax.Array]) -> jax.Array:

@@ -60,8 +60,7 @@ def scale_by_natural_gradient(
       metric: the metric F, from `exact_fisher`, `sampled_fisher`, `empirical_fisher`,
         `gauss_newton`, `hessian` or `euclidean`.
       solver: `cholesky`, `woodbury`, `cg`, `spectral` (exact), `kfac`, `ekfac`, `diagonal`,
-        `block_diagonal`
-        (approximate), or None, which chooses an exact one from static shapes.
+        `block_diagonal` (approximate), or None, which chooses an exact one from static shapes.
       damping: :math:`\lambda \ge 0` in units of F, or a schedule of the update count. 0 means the
         pseudo-inverse. ``update`` also takes ``damping=``, which goes before.
       momentum: :math:`\mu`, or a schedule; None for no momentum and no buffer.

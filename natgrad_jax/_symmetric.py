@@ -14,9 +14,6 @@ import jax.numpy as jnp
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
-#: Matrices up to this order are inverted by triangular solves.
-_SMALL = 256
-
 
 class Eigen(NamedTuple):
     """Eigenvalues (n,) in ascending order, null ones exactly 0, and vectors (n, n) in columns."""
@@ -45,9 +42,8 @@ def matvec(matrix: jax.Array, vector: jax.Array) -> jax.Array:
 def eigen(matrix: jax.Array, *, definite: bool) -> Eigen:
     """Eigendecomposition whose spectrum is cut at eps * n * (largest |eigenvalue|)."""
     values, vectors = jnp.linalg.eigh(matrix.T, symmetrize_input=False)
-    size = jnp.abs(values)
-    cut = jnp.finfo(matrix.dtype).eps * matrix.shape[0] * jnp.max(size, initial=0)
-    kept = (values if definite else size) > cut
+    cut = jnp.finfo(matrix.dtype).eps * matrix.shape[0] * _largest(values)
+    kept = (values if definite else jnp.abs(values)) > cut
     return Eigen(jnp.where(kept, values, 0), vectors)
 
 
@@ -55,13 +51,19 @@ def damped_inverse(values: jax.Array, damping: jax.Array) -> jax.Array:
     """1 / (eigenvalue + damping), 0 where that is 1 / 0 up to rounding.
 
     An exactly null eigenvalue counts as the damping, however small; one that the damping cancels
-    (an indefinite matrix) is cut like a null eigenvalue of the sum.
+    (an indefinite matrix) is cut like a null eigenvalue of the sum. Values in ascending order.
     """
     shifted = values + damping
-    largest = jnp.max(jnp.abs(values), initial=0)
-    cut = jnp.finfo(values.dtype).eps * values.shape[0] * largest
+    cut = jnp.finfo(values.dtype).eps * values.shape[0] * _largest(values)
     null = (shifted == 0) | ((values != 0) & (jnp.abs(shifted) <= cut))
     return jnp.where(null, 0, 1 / jnp.where(null, 1, shifted))
+
+
+def _largest(values: jax.Array) -> jax.Array:
+    """The largest size of values in ascending order: that of the first or of the last."""
+    if values.shape[0] == 0:
+        return jnp.zeros((), values.dtype)
+    return jnp.maximum(jnp.abs(values[0]), jnp.abs(values[-1]))
 
 
 def factorize(
@@ -119,58 +121,6 @@ def factorize(
         return jax.lax.cond(needed, by_eigen, by_cholesky, b)
 
     return Factor(solve, needed)
-
-
-def inverse(matrix: jax.Array, damping: jax.Array, order: jax.Array) -> jax.Array:
-    """(A + damping I)^-1 of a positive semi-definite A, its pseudo-inverse for damping 0.
-
-    Cholesky for damping > 0, the eigendecomposition elsewhere, as in :func:`factorize`.
-
-    Args:
-      matrix: (n, n), A in its upper left corner and zeros elsewhere.
-      damping: scalar.
-      order: the order of A, at most n.
-
-    Returns:
-      (n, n), the inverse in its upper left corner.
-    """
-    n, dtype = matrix.shape[0], matrix.dtype
-    # Past the corner the first pivot once more, which leaves the smallest and the largest alone.
-    own = jnp.arange(n) < order
-    rest = jnp.where(own, damping, matrix[0, 0] + damping)
-    found, pivots = _inverse_by_halves(matrix + jnp.diag(rest.astype(dtype)))
-    smallest, largest = jnp.min(pivots, initial=jnp.inf), jnp.max(pivots, initial=0)
-    # False for NaN and infinity, too.
-    sound = smallest > jnp.finfo(dtype).eps * largest
-
-    def run(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        values, vectors = eigen(matrix, definite=True)
-        scaled = vectors * damped_inverse(values, damping)[None, :]
-        return jnp.asarray(False), jnp.matmul(scaled, vectors.T, precision=_HIGHEST)
-
-    needed = (damping <= 0) | ~(sound | (n == 0))
-    return jax.lax.while_loop(lambda c: c[0], run, (needed, found))[1]
-
-
-def _inverse_by_halves(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The inverse of a positive definite matrix and its squared Cholesky pivots.
-
-    By the Schur complement of one half, so that nearly all of the work is matrix products: they run
-    on all cores, and several times as fast as triangular solves.
-    """
-    n = matrix.shape[0]
-    if n <= _SMALL:
-        lower = jax.lax.linalg.cholesky(matrix.T, symmetrize_input=False)
-        eye = jnp.eye(n, dtype=matrix.dtype)
-        return jax.scipy.linalg.cho_solve((lower, True), eye), jnp.diagonal(lower) ** 2
-    multiply = functools.partial(jnp.matmul, precision=_HIGHEST)
-    k = n // 2
-    first, pivots = _inverse_by_halves(matrix[:k, :k])
-    across = multiply(matrix[k:, :k], first)
-    second, rest = _inverse_by_halves(matrix[k:, k:] - multiply(across, matrix[:k, k:]))
-    corner = multiply(second, across)
-    whole = jnp.block([[first + multiply(across.T, corner), -corner.T], [-corner, second]])
-    return whole, jnp.concatenate([pivots, rest])
 
 
 def solve_in_range(

@@ -25,6 +25,9 @@ from natgrad_jax.jacobian.kronecker import Used
 #: The largest number of entries without a linear use that get a block and not a diagonal.
 MAX_ROWS = 256
 
+#: Order from which half of a second moment is computed and half is copied.
+_LARGE = 768
+
 Moments = tuple[jax.Array, ...]
 
 
@@ -40,7 +43,7 @@ def _row_moment(uses: list[Used]) -> Moments:
     rows = rows_of(uses)
     if rows.shape[1] > MAX_ROWS:
         return (jnp.sum(rows**2, axis=0)[None],)
-    return (factored.matmul(rows.T, rows)[None],)
+    return (_of_rows(rows)[None],)
 
 
 def rows_of(uses: list[Used]) -> jax.Array:
@@ -114,9 +117,19 @@ def _second_moment(x: jax.Array, weights: jax.Array | None) -> jax.Array:
     if weights is not None:
         x = x * jnp.sqrt(weights).astype(x.dtype).reshape(-1, 1, 1, 1, 1)
     if x.shape[2] == 1:
-        rows = factored.as_matrix(x)
-        return factored.matmul(rows.T, rows)[None]
+        return _of_rows(factored.as_matrix(x))[None]
     return factored.einsum("ncbti,ncbtj->bij", x, x)
+
+
+def _of_rows(rows: jax.Array) -> jax.Array:
+    """R^T R. Of a large one the block above the diagonal is that below: a quarter of the work."""
+    order = rows.shape[1]
+    if order < _LARGE:
+        return factored.matmul(rows.T, rows)
+    one, two = rows[:, : order // 2], rows[:, order // 2 :]
+    below = factored.matmul(two.T, one)
+    first, last = factored.matmul(one.T, one), factored.matmul(two.T, two)
+    return jnp.block([[first, below.T], [below, last]])
 
 
 def squares(block: Block, uses: list[Used], left: jax.Array | None, right: jax.Array) -> jax.Array:
@@ -167,14 +180,14 @@ def in_turns(
     sources: list[jax.Array],
     old: list[Any],
     make: Callable[[jax.Array, jax.Array, jax.Array], Any],
-    scalars: list[jax.Array],
+    scalars: jax.Array,
     *,
-    multiple: int = 1,
+    padded: Callable[[int], int] | None = None,
 ) -> list[Any]:
     """Renews items in turns, so that each is renewed once in a period and no step renews all.
 
-    Items of the same order, rounded up to a multiple, are made by one loop over those that are due:
-    one program for all of them.
+    Items are made by a loop over those that are due: one program for all of the same order, or,
+    padded, for all.
 
     Args:
       count: steps so far; at step 0 everything is renewed.
@@ -182,27 +195,27 @@ def in_turns(
       sources: what items are made of, (B, n, n) each.
       old: the items, trees of arrays (B, n) or (B, n, n).
       make: (source (B, m, m) with zeros past n, scalar (B,), n) -> item with m in place of n.
-      scalars: of each item, (B,).
-      multiple: up to which orders above it are rounded.
+      scalars: of each item, (items, largest B).
+      padded: the largest order n -> m; None for m = n.
 
     Returns:
       The items.
     """
     steps = slots([x.shape[0] * x.shape[1] ** 3 for x in sources], period)
     due = (count % period == jnp.asarray(steps, jnp.int32)) | (count == 0)
-    rounded = lambda n: -(-n // multiple) * multiple
     classes: dict[tuple[int, int], list[int]] = {}
     for i, x in enumerate(sources):
-        classes.setdefault((x.shape[0], rounded(x.shape[1])), []).append(i)
+        classes.setdefault((x.shape[0], 0 if padded else x.shape[1]), []).append(i)
     new = list(old)
-    for (_, order), items in classes.items():
+    for items in classes.values():
+        order = max(sources[i].shape[1] for i in items)
         made = _renewed_class(
             due[np.asarray(items)],
             [sources[i] for i in items],
             [old[i] for i in items],
             make,
-            [scalars[i] for i in items],
-            order,
+            scalars[np.asarray(items)],
+            padded(order) if padded else order,
         )
         for i, x in zip(items, made, strict=True):
             new[i] = x
@@ -214,7 +227,7 @@ def _renewed_class(
     sources: list[jax.Array],
     old: list[Any],
     make: Callable[[jax.Array, jax.Array, jax.Array], Any],
-    scalars: list[jax.Array],
+    scalars: jax.Array,
     order: int,
 ) -> list[Any]:
     count, numbers = len(sources), jnp.arange(len(sources))
@@ -222,21 +235,22 @@ def _renewed_class(
     def next_due(k: jax.Array) -> jax.Array:
         return jnp.min(jnp.where(due & (numbers >= k), numbers, count))
 
-    def padded(i: int) -> jax.Array:
+    def load(i: int) -> jax.Array:
         rest = order - sources[i].shape[1]
         return jnp.pad(sources[i], ((0, 0), (0, rest), (0, rest)))
 
+    def store(item: Any, old: Any, here: jax.Array) -> Any:
+        cut = lambda x, like: x[tuple(slice(n) for n in like.shape)]
+        run = lambda carry: (jnp.asarray(False), jax.tree.map(cut, item, carry[1]))
+        # Neither `switch` nor `where`: they copy or pass over all items.
+        return jax.lax.while_loop(lambda carry: carry[0], run, (here, old))[1]
+
     def step(carry: tuple[jax.Array, list[Any]]) -> tuple[jax.Array, list[Any]]:
         k, items = carry
-        source = jax.lax.switch(k, [functools.partial(padded, i) for i in range(count)])
+        source = jax.lax.switch(k, [functools.partial(load, i) for i in range(count)])
         orders = jnp.asarray([x.shape[1] for x in sources])
-        item = make(source, jnp.stack(scalars)[k], orders[k])
-        cut = lambda x, like: x[tuple(slice(n) for n in like.shape)]
-        items = [
-            jax.tree.map(lambda x, like, i=i: jnp.where(k == i, cut(x, like), like), item, own)
-            for i, own in enumerate(items)
-        ]
-        return next_due(k + 1), items
+        item = make(source, scalars[k], orders[k])
+        return next_due(k + 1), [store(item, old, k == i) for i, old in enumerate(items)]
 
     # Not `cond`, which runs both branches under vmap.
     return jax.lax.while_loop(lambda c: c[0] < count, step, (next_due(jnp.asarray(0)), old))[1]
@@ -253,16 +267,19 @@ def empty(block: Block) -> Moments:
 def mean_eigenvalues(sides: list[jax.Array]) -> jax.Array:
     """The mean eigenvalue of each moment (B, n, n) or diagonal (B, n): (sides, largest B)."""
     copies = max(x.shape[0] for x in sides)
-    entries = [x if x.ndim == 2 else jnp.diagonal(x, axis1=1, axis2=2) for x in sides]
-    wide = [jnp.broadcast_to(x[-1:], (copies - x.shape[0], x.shape[1])) for x in entries]
-    lines = jnp.concatenate(
-        [jnp.concatenate([x, w]) for x, w in zip(entries, wide, strict=True)], axis=1
-    )
-    # One product with a constant for all: a reduction for each would be a kernel for each.
-    sizes = [x.shape[1] for x in entries]
-    owners = np.repeat(np.arange(len(sizes)), sizes)
-    average = (owners[:, None] == np.arange(len(sizes))) / np.maximum(sizes, 1)
-    return factored.matmul(lines, jnp.asarray(average, lines.dtype)).T
+
+    def line(x: jax.Array) -> jax.Array:
+        b, n = x.shape[:2]
+        # A strided slice where `jnp.diagonal` gathers, which takes a kernel for each side.
+        entries = x if x.ndim == 2 else x.reshape(b, n * n)[:, :: n + 1]
+        return entries if b == copies else jnp.pad(entries, ((0, copies - b), (0, 0)))
+
+    # One reduction for all, for the same reason.
+    sizes = np.asarray([x.shape[1] for x in sides])
+    owners = np.repeat(np.arange(len(sides)), sizes)
+    own = jnp.arange(len(sides))[:, None, None] == jnp.asarray(owners)[None, None, :]
+    totals = jnp.sum(jnp.where(own, jnp.concatenate([line(x) for x in sides], axis=1), 0), axis=2)
+    return totals / np.maximum(sizes, 1).astype(totals.dtype)[:, None]
 
 
 def eigen(moments: jax.Array, scalar: jax.Array, order: jax.Array) -> Any:

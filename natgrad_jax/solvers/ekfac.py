@@ -144,7 +144,7 @@ def ekfac(
 def _renewed(state: EKFACState, average: Average, period: int) -> list[jax.Array]:
     """The eigenvectors of all sides that have a matrix, in turns."""
     matrices = [m for own in average.moments for m in own if m.ndim == 3]
-    unused = [jnp.zeros(m.shape[:1], m.dtype) for m in matrices]
+    unused = jnp.zeros((len(matrices), 1))
     vectors = lambda *args: _kronecker.eigen(*args).vectors
     old = list(state.bases)
     return _kronecker.in_turns(state.count, period, matrices, old, vectors, unused)

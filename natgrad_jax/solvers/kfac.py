@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from natgrad_jax import _boundary
 from natgrad_jax import _symmetric
@@ -11,6 +12,7 @@ from natgrad_jax.curvature import Curvature
 from natgrad_jax.jacobian.blocks import Block
 from natgrad_jax.metrics import Metric
 from natgrad_jax.solvers import _blocks
+from natgrad_jax.solvers import _inverse
 from natgrad_jax.solvers import _kronecker
 from natgrad_jax.solvers import _solver
 from natgrad_jax.solvers._blocks import Average
@@ -19,10 +21,6 @@ from natgrad_jax.solvers._solver import Solve
 from natgrad_jax.solvers._solver import Solver
 
 Tree = Any
-
-
-#: Orders are rounded up to a multiple of this, so that one program inverts several factors.
-_ROUNDED = 32
 
 
 class KFACState(NamedTuple):
@@ -180,37 +178,34 @@ def _renewed(
         if moment.ndim == 2:
             own = shares[i][: len(moment), None]
             fresh[i] = bias * moment if exact else _kronecker.reciprocal(bias * moment + own)
-    make, multiple = (_kronecker.eigen, 1) if exact else (_inverse, _ROUNDED)
+    make, padded = (_kronecker.eigen, None) if exact else (_inverses, _inverse.padded)
     made = _kronecker.in_turns(
         state.count,
         period,
         [moments[i] for i in matrices],
         [fresh[i] for i in matrices],
         lambda moment, share, order: make(bias * moment, share, order),
-        [shares[i] for i in matrices],
-        multiple=multiple,
+        shares[np.asarray(matrices, int)],
+        padded=padded,
     )
     for i, x in zip(matrices, made, strict=True):
         fresh[i] = x
     return fresh
 
 
-def _shares(means: jax.Array, sides: list[tuple[int, int]], damping: jax.Array) -> list[jax.Array]:
-    """The damping of each side, (largest B,): pi sqrt(damping) and sqrt(damping) / pi."""
-    shares = []
-    for i, (block, side) in enumerate(sides):
-        partner = i + 1 if side == 0 else i - 1
-        if partner >= len(sides) or sides[partner][0] != block:
-            shares.append(jnp.broadcast_to(damping, means[i].shape))
-            continue
-        usable = (means[i] > 0) & (means[partner] > 0)
-        ratio = jnp.where(usable, means[i] / jnp.where(usable, means[partner], 1), 1)
-        shares.append(jnp.sqrt(damping) * jnp.sqrt(ratio))
-    return shares
+def _shares(means: jax.Array, sides: list[tuple[int, int]], damping: jax.Array) -> jax.Array:
+    """The damping of each side, (sides, B): pi sqrt(damping), sqrt(damping) / pi, or damping."""
+    blocks = [b for b, _ in sides]
+    alone = np.asarray([blocks.count(b) == 1 for b in blocks])
+    partners = np.asarray([i + 1 if s == 0 else i - 1 for i, (_, s) in enumerate(sides)])
+    others = means[np.where(alone, 0, partners)]
+    usable = (means > 0) & (others > 0)
+    ratio = jnp.where(usable, means / jnp.where(usable, others, 1), 1)
+    return jnp.where(alone[:, None], damping, jnp.sqrt(damping) * jnp.sqrt(ratio))
 
 
-def _inverse(moments: jax.Array, damping: jax.Array, order: jax.Array) -> jax.Array:
-    one = lambda m, d: _symmetric.inverse(m, d, order)
+def _inverses(moments: jax.Array, damping: jax.Array, order: jax.Array) -> jax.Array:
+    one = lambda m, d: _inverse.inverse(m, d, order)
     if moments.shape[0] == 1:
         return one(moments[0], damping[0])[None]
     return jax.vmap(one)(moments, damping[: len(moments)])

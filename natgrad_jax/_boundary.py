@@ -99,19 +99,30 @@ def fill_masked(metric: Metric, params: Tree, full_params: Tree | None) -> Metri
     `optax.masked` and `optax.partition` put `MaskedNode` in place of hidden leaves; the model gets
     those from `full_params`, where they are constants.
     """
-    hidden = lambda x: isinstance(x, optax.MaskedNode)
-    if metric.outputs is None or not any(map(hidden, jax.tree.leaves(params, is_leaf=hidden))):
+    if metric.outputs is None or not _masked(params):
         return metric
+    outputs = lambda visible, batch: metric.outputs(
+        filled(metric.name, visible, full_params), batch
+    )
+    return metric._replace(outputs=outputs)
+
+
+def filled(caller: str, visible: Tree, full_params: Tree | None) -> Tree:
+    """The parameters with hidden leaves from `full_params`."""
+    if not _masked(visible):
+        return visible
     if full_params is None:
         raise ValueError(
-            f"{metric.name}: some parameters are hidden (optax.MaskedNode), but the metric"
-            " needs all of them: pass full_params=params to update"
+            f"{caller}: some parameters are hidden (optax.MaskedNode), but all of them are needed:"
+            " pass full_params=params to update"
         )
+    take = lambda v, full: full if _hidden(v) else v
+    return jax.tree.map(take, visible, full_params, is_leaf=_hidden)
 
-    def outputs(visible: Tree, batch: Tree) -> Tree:
-        merged = jax.tree.map(
-            lambda v, full: full if hidden(v) else v, visible, full_params, is_leaf=hidden
-        )
-        return metric.outputs(merged, batch)
 
-    return metric._replace(outputs=outputs)
+def _hidden(x: object) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _masked(params: Tree) -> bool:
+    return any(map(_hidden, jax.tree.leaves(params, is_leaf=_hidden)))

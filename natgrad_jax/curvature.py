@@ -158,23 +158,37 @@ def blocks(here: Curvature) -> Tree:
 def squared_length(
     metric: Metric, params: Tree, batch: Tree, tangent: Tree, key: jax.Array | None = None
 ) -> jax.Array:
-    """d^T F d by one Jacobian product, with the metric that measures distances.
+    """d^T F d by one Jacobian product; see `inner_products`."""
+    return inner_products(metric, params, batch, [tangent], key)[0, 0]
+
+
+def inner_products(
+    metric: Metric, params: Tree, batch: Tree, tangents: list[Tree], key: jax.Array | None = None
+) -> jax.Array:
+    """The matrix of d_i^T F d_j by one Jacobian product each, with the metric that measures.
 
     That is the exact Fisher matrix of the metric's model and likelihood where it has them, so that
     no key is needed; the metric itself otherwise.
     """
     dtype = _trees.work_dtype(params)
     if not jax.tree.leaves(params):
-        return jnp.zeros((), dtype)
-    wide = _trees.cast(tangent, dtype)
+        return jnp.zeros((len(tangents), len(tangents)), dtype)
+    wide = [_trees.cast(tangent, dtype) for tangent in tangents]
     if metric.distance_metric is None:
         product = curvature(metric, params, batch, key).linearize()
-        return _trees.vdot(wide, product(wide), dtype)
+        return _dots(wide, [product(v) for v in wide], dtype)
     groups = metric.groups(batch)
-    outputs, pushed = push_forward(lambda p: metric.outputs(p, batch), params, wide)
+    function = lambda p: metric.outputs(p, batch)
+    pushes = [push_forward(function, params, v) for v in wide]
+    outputs = pushes[0][0]
     examples.check_outputs(metric.name, outputs, groups)
-    product = metric.distance_metric(outputs, batch, key).product(pushed)
-    return _trees.vdot(_trees.cast(pushed, dtype), _trees.cast(product, dtype), dtype)
+    product = metric.distance_metric(outputs, batch, key).product
+    left = [_trees.cast(pushed, dtype) for _, pushed in pushes]
+    return _dots(left, [_trees.cast(product(pushed), dtype) for _, pushed in pushes], dtype)
+
+
+def _dots(left: list[Tree], right: list[Tree], dtype: jnp.dtype) -> jax.Array:
+    return jnp.stack([jnp.stack([_trees.vdot(x, y, dtype) for y in right]) for x in left])
 
 
 def linear_maps(function: Linear, params: Tree) -> tuple[Tree, Linear, Linear]:

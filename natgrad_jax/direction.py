@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax import _acceleration
 from natgrad_jax import _boundary
 from natgrad_jax import _sharding
 from natgrad_jax import _trees
@@ -31,6 +32,8 @@ class NaturalGradientInfo(NamedTuple):
         divided by the damping; -1 where it was not measured.
       eigen_taken: whether an eigendecomposition was used (damping 0, or a failed Cholesky).
       negative_curvature: whether conjugate gradients stopped at negative curvature.
+      acceleration: the length of the geodesic acceleration beside that of the direction; -1
+        without.
     """
 
     damping: jax.Array
@@ -40,6 +43,7 @@ class NaturalGradientInfo(NamedTuple):
     outside_row_space: jax.Array
     eigen_taken: jax.Array
     negative_curvature: jax.Array
+    acceleration: jax.Array
 
 
 def empty_info() -> NaturalGradientInfo:
@@ -48,7 +52,14 @@ def empty_info() -> NaturalGradientInfo:
     unmeasured = functools.partial(jnp.full, (), NOT_MEASURED, jnp.float32)
     flag = functools.partial(jnp.zeros, (), jnp.bool_)
     return NaturalGradientInfo(
-        real(), jnp.zeros((), jnp.int32), unmeasured(), real(), unmeasured(), flag(), flag()
+        real(),
+        jnp.zeros((), jnp.int32),
+        unmeasured(),
+        real(),
+        unmeasured(),
+        flag(),
+        flag(),
+        unmeasured(),
     )
 
 
@@ -130,7 +141,7 @@ def check_arguments(caller: str, metric: Metric, solver: Solver | None, damping:
     _boundary.check_number(caller, "damping", damping, schedule=True)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("accelerated",))
 def compiled_direction(
     metric: Metric,
     solver: Solver,
@@ -143,8 +154,10 @@ def compiled_direction(
     momentum: jax.Array | None,
     velocity: Tree | None,
     full_params: Tree | None,
+    *,
+    accelerated: bool = False,
 ) -> tuple[Tree, Any, Tree | None, NaturalGradientInfo]:
-    """One solve, with momentum (SPRING) where there is any.
+    """One solve, with momentum (SPRING) and geodesic acceleration where there are any.
 
     phi_k = mu phi_{k-1} + (F + lambda I)^-1 (g - mu F phi_{k-1}),   Goldshlager et al., 2024
 
@@ -178,10 +191,19 @@ def compiled_direction(
     if velocity is not None:
         d = velocity = _trees.add_scaled(d, jnp.ones((), dtype), carried)
         slope = None
+    share = jnp.asarray(NOT_MEASURED)
+    if accelerated:
+        d, share = _acceleration.accelerated(
+            metric, params, batch, d, dtype, lambda v: solve(v, state)[0]
+        )
+        slope = None
     slope = _trees.vdot(g, d, dtype) if slope is None else slope
-    return _trees.cast_like(d, grads), state, velocity, _info(report, damping, slope)
+    return _trees.cast_like(d, grads), state, velocity, _info(report, damping, slope, share)
 
 
-def _info(report: Report, damping: jax.Array, slope: jax.Array) -> NaturalGradientInfo:
-    measured = report._asdict() | {"grad_dot_direction": slope.astype(jnp.float32)}
-    return NaturalGradientInfo(damping=damping.astype(jnp.float32), **measured)
+def _info(
+    report: Report, damping: jax.Array, slope: jax.Array, share: jax.Array
+) -> NaturalGradientInfo:
+    real = lambda x: x.astype(jnp.float32)
+    measured = report._asdict() | {"grad_dot_direction": real(slope), "acceleration": real(share)}
+    return NaturalGradientInfo(damping=real(damping), **measured)

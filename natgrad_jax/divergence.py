@@ -5,11 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from natgrad_jax import _boundary
+from natgrad_jax import _mean_kl
 from natgrad_jax import examples
-from natgrad_jax.likelihoods import Joint
 from natgrad_jax.likelihoods import Likelihood
 
 Tree = Any
@@ -68,19 +67,5 @@ def kl_divergence(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _kl(model, likelihood, weights, groups, params_p: Tree, params_q: Tree, batch: Tree):
-    outputs_p, outputs_q = model(params_p, batch), model(params_q, batch)
-    examples.check_outputs("kl_divergence", outputs_p, groups)
-    row_weights = examples.row_weights("kl_divergence", weights, batch, outputs_p, groups)
-    return _mean_kl(likelihood, outputs_p, outputs_q, row_weights)
-
-
-def _mean_kl(likelihood: Likelihood, outputs_p: Tree, outputs_q: Tree, row_weights: Tree):
-    leaves = jax.tree.leaves(row_weights)
-    if isinstance(likelihood, Joint) and len({w.shape for w in leaves}) > 1:
-        # Heads with rows of their own: each is averaged over its own.
-        heads = likelihood.likelihoods
-        names = list(heads) if isinstance(heads, dict) else range(len(heads))
-        parts = (outputs_p, outputs_q, row_weights)
-        return sum(_mean_kl(heads[n], *(part[n] for part in parts)) for n in names)
-    divergence = likelihood.kl(outputs_p, outputs_q)
-    return jnp.dot(leaves[0].astype(divergence.dtype), divergence, precision="highest")
+    outputs = model(params_p, batch), model(params_q, batch)
+    return _mean_kl.mean_kl("kl_divergence", likelihood, weights, groups, *outputs, batch)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax import _mean_kl
 from natgrad_jax import _trees
 from natgrad_jax import examples
 from natgrad_jax import output_metrics
@@ -43,6 +44,7 @@ class Metric(NamedTuple):
       definite: whether F is positive semi-definite by construction.
       independent: True where the user vouches that output row n depends on example n alone; None
         where that is read off the model.
+      divergence: (outputs p, outputs q, batch) -> mean KL[p || q]; None without a likelihood.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Metric(NamedTuple):
     needs_key: bool = False
     definite: bool = True
     independent: bool | None = None
+    divergence: Callable[[Tree, Tree, Tree], jax.Array] | None = None
 
 
 def exact_fisher(
@@ -120,8 +123,9 @@ def exact_fisher(
             " implement kl(outputs_p, outputs_q), or use sampled_fisher"
         )
     name, groups = "exact_fisher", _groups("exact_fisher", batch_axes)
-    output_metric = _exact(name, likelihood, weights, groups)
-    return Metric(name, model, output_metric, output_metric, groups, independent=independent)
+    exact = _exact(name, likelihood, weights, groups)
+    kl = _mean_kl.divergence(name, likelihood, weights, groups)
+    return Metric(name, model, exact, exact, groups, independent=independent, divergence=kl)
 
 
 def sampled_fisher(
@@ -194,9 +198,9 @@ def sampled_fisher(
         return OutputMetric(product, factor_product, coefficients, row_weights)
 
     exact = _exact(name, likelihood, weights, groups)
-    return Metric(
-        name, model, output_metric, exact, groups, needs_key=True, independent=independent
-    )
+    kl = _mean_kl.divergence(name, likelihood, weights, groups)
+    made = Metric(name, model, output_metric, exact, groups, needs_key=True, divergence=kl)
+    return made._replace(independent=independent)
 
 
 def empirical_fisher(

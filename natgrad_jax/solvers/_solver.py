@@ -69,12 +69,15 @@ class Solver(NamedTuple):
       prepare: (curvature, damping, state) -> (solve, state). Does once what does not depend on g;
         `solve(g, state) -> (d, state, report)` may then be called several times.
       needs_rows: whether it works on the rows R of F = R^T R.
+      anew: (state, flag or None) -> a state whose next step, where the flag holds, reuses nothing
+        that depends on an earlier damping.
     """
 
     name: str
     init: Callable[[Metric, Tree], Any]
     prepare: Callable[[Curvature, jax.Array, Any], tuple[Solve, Any]]
     needs_rows: bool = False
+    anew: Callable[[Any, jax.typing.ArrayLike | None], Any] = lambda state, flag: state
 
 
 def stateless(metric: Metric, params: Tree) -> tuple[()]:

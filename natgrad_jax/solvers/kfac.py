@@ -156,7 +156,13 @@ def kfac(
 
         return solve, KFACState(state.count + 1, average, tuple(inverses))
 
-    return Solver(name, init, prepare, needs_rows=True)
+    def anew(state: Any, flag: jax.typing.ArrayLike | None) -> Any:
+        if exact or flag is None or not isinstance(state, KFACState):
+            return state
+        # At step 0 everything is renewed; the factors remain those averaged.
+        return state._replace(count=jnp.where(flag, 0, state.count))
+
+    return Solver(name, init, prepare, needs_rows=True, anew=anew)
 
 
 def _renewed(

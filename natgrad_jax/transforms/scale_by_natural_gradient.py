@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgrad_jax import _acceleration
 from natgrad_jax import _boundary
 from natgrad_jax import _random
 from natgrad_jax import _sharding
@@ -69,7 +70,9 @@ def scale_by_natural_gradient(
     Returns:
       An ``optax.GradientTransformationExtraArgs``, whose ``update(grads, state, params, *, batch)``
       needs the parameters and the keyword ``batch`` and is compiled also when called eagerly. Under
-      ``optax.masked`` or ``optax.partition`` pass ``full_params=params`` as well. Unknown keywords
+      ``optax.masked`` or ``optax.partition`` pass ``full_params=params`` as well. With
+      ``refresh=True`` a solver that keeps inverses (`kfac`) makes all of them anew;
+      ``geodesic_acceleration=True`` is explained at :func:`levenberg_marquardt`. Unknown keywords
       are ignored. The state is a :class:`ScaleByNaturalGradientState` with diagnostics in ``info``.
 
     Raises:
@@ -121,22 +124,29 @@ def scale_by_natural_gradient(
         batch: Tree = _call.MISSING,
         damping: jax.typing.ArrayLike | None = None,
         full_params: Tree | None = None,
+        refresh: jax.typing.ArrayLike | None = None,
+        geodesic_acceleration: bool = False,
         **extra_args: Any,
     ) -> tuple[Tree, ScaleByNaturalGradientState]:
         del extra_args
         _call.check(name, updates, params, batch)
         if damping is not None:
             _boundary.check_number(f"{name}: update()", "damping", damping)
+        if geodesic_acceleration:
+            _acceleration.check(name, metric)
+        solver_state = solve.anew(state.solver, refresh)
         at_count = lambda x: x(state.count) if callable(x) else x
         key, sample_key = keys.split(state.key)
-        core = functools.partial(direction.compiled_direction, metric, solve)
+        core = functools.partial(
+            direction.compiled_direction, metric, solve, accelerated=geodesic_acceleration
+        )
         operands = (
             updates,
             params,
             batch,
             at_count(default_damping if damping is None else damping),
             sample_key,
-            state.solver,
+            solver_state,
             at_count(momentum),
             state.velocity,
             full_params,

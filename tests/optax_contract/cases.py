@@ -88,6 +88,30 @@ SHAPED = {
 EXACT = [name for name, row in SOLVERS.items() if row.structure == "dense"]
 
 
+def slope(params):
+    """An objective whose gradient is that of the table."""
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(GRADS), strict=True)
+    return sum(
+        jnp.sum(x.astype(jnp.zeros(()).dtype) * g.astype(jnp.zeros(()).dtype)) for x, g in pairs
+    )
+
+
+def with_objective(factory):
+    """A factory whose transformations are told an objective, unless `update` is told another."""
+
+    @functools.wraps(factory)
+    def make(*args, **kwargs):
+        tx = factory(*args, **kwargs)
+
+        def update(updates, state, params=None, *, value_fn=slope, grad=None, **extra):
+            grad = updates if grad is None else grad
+            return tx.update(updates, state, params, value_fn=value_fn, grad=grad, **extra)
+
+        return optax.GradientTransformationExtraArgs(tx.init, update)
+
+    return make
+
+
 class Case(NamedTuple):
     """A public transformation with settings.
 
@@ -100,6 +124,8 @@ class Case(NamedTuple):
       steps: how many steps that needs on the hardest of the contract's problems.
       static_args: arguments that `optax.inject_hyperparams` must not take for schedules.
       uses_batch: whether `update` needs parameters and batch.
+      compiled: whether `update` is compiled also when called eagerly. What takes a `value_fn` is
+        not: a fresh lambda on each step would compile each step.
     """
 
     factory: Callable[..., optax.GradientTransformationExtraArgs]
@@ -110,6 +136,7 @@ class Case(NamedTuple):
     steps: int = 60
     static_args: tuple[str, ...] = ()
     uses_batch: bool = True
+    compiled: bool = True
 
     def make(self, **changes):
         return self.factory(**{**self.arguments, **changes})
@@ -131,6 +158,17 @@ def _after_natural_gradient(tx, metric):
         tx,
         optax.scale_by_learning_rate(optax.exponential_decay(1.0, 1, 0.97)),
     )
+
+
+def _after_a_step(tx, metric):
+    """For transformations of the step itself, in front of which a natural gradient makes one."""
+    return optax.chain(ng.scale_by_natural_gradient(metric, damping=DAMPING), optax.scale(-1.0), tx)
+
+
+def _levenberg_marquardt(metric, solver=None, initial_damping=DAMPING, factor=3.0):
+    """The wrapper around its usual inner transformation, of the same metric."""
+    inner = ng.natural_gradient(0.9, metric, solver=solver)
+    return ng.levenberg_marquardt(inner, metric, initial_damping=initial_damping, factor=factor)
 
 
 _exact = METRICS["exact_fisher"]
@@ -207,6 +245,50 @@ CASES = {
         optimizer=_after_natural_gradient,
         steps=300,
     ),
+    "scale_by_kl_line_search": Case(
+        with_objective(ng.scale_by_kl_line_search),
+        dict(model=logits, likelihood=ng.Categorical(), max_kl=0.1),
+        optimizer=_after_a_step,
+        steps=300,
+        static_args=("model",),
+        compiled=False,
+    ),
+    "trpo": Case(
+        with_objective(ng.trpo),
+        dict(model=logits, likelihood=ng.Categorical(), max_kl=0.1, damping=DAMPING),
+        schedules=("damping",),
+        params_like=("previous",),
+        steps=300,
+        static_args=("model",),
+        compiled=False,
+    ),
+    "levenberg_marquardt": Case(
+        with_objective(_levenberg_marquardt),
+        dict(metric=_exact, initial_damping=DAMPING, factor=2.0),
+        compiled=False,
+    ),
+    "levenberg_marquardt-kfac": Case(
+        with_objective(_levenberg_marquardt),
+        dict(metric=_exact, solver=SHAPED["kfac"](PARAMS, BATCH), initial_damping=DAMPING),
+        steps=20_000,
+        compiled=False,
+    ),
+    "scale_by_quadratic_model": Case(
+        with_objective(ng.scale_by_quadratic_model),
+        dict(metric=_exact, damping=DAMPING),
+        schedules=("damping",),
+        params_like=("params",),
+        optimizer=lambda tx, metric: optax.chain(
+            ng.scale_by_natural_gradient(metric, damping=DAMPING), tx, optax.scale(-0.5)
+        ),
+        steps=300,
+    ),
+    "adaptive_natural_gradient": Case(
+        with_objective(ng.adaptive_natural_gradient),
+        dict(metric=_exact, initial_damping=DAMPING),
+        params_like=("params",),
+        compiled=False,
+    ),
     **{
         f"scale_by_steepest_descent-{norm}": Case(
             ng.scale_by_steepest_descent,
@@ -228,6 +310,9 @@ REPRESENTATIVES = [
     "natural_gradient-everything",
     "scale_to_kl",
     "clip_by_kl",
+    "trpo",
+    "levenberg_marquardt",
+    "adaptive_natural_gradient",
     "scale_by_steepest_descent-l1",
     "scale_by_steepest_descent-l2",
 ]
@@ -241,7 +326,7 @@ def transformation(name):
 
 def shaped(name, params, batch):
     """What a row needs changed for a problem of other shapes."""
-    solver = name.removeprefix("scale_by_natural_gradient-")
+    solver = name.removeprefix("scale_by_natural_gradient-").removeprefix("levenberg_marquardt-")
     return {"solver": SHAPED[solver](params, batch)} if solver in SHAPED else {}
 
 

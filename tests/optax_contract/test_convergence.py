@@ -49,6 +49,19 @@ def loss(name, params, batch=None):
 METRICS = {name: ng.gauss_newton(residual) for name, residual in RESIDUALS.items()}
 HESSIANS = {name: ng.hessian(functools.partial(loss, name)) for name in PROBLEMS}
 
+
+def stacked(name):
+    """The residuals as the mean of a normal distribution: a model that has a likelihood."""
+
+    def model(params, batch):
+        leaves = jax.tree.leaves(RESIDUALS[name](params, batch))
+        return jnp.concatenate([r.reshape(-1) / len(r) ** 0.5 for r in leaves])[None]
+
+    return ng.exact_fisher(model, ng.Normal())
+
+
+WITH_LIKELIHOOD = {name: stacked(name) for name in PROBLEMS}
+
 # Other metrics than these do not fit a least-squares problem; the solvers do not know them apart.
 FITTING = (None, cases.METRICS["exact_fisher"], cases.METRICS["hessian"])
 DESCENDING = [
@@ -63,7 +76,9 @@ def final_loss(tx, name, steps):
     def step(carry, _):
         params, state = carry
         grads = jax.grad(lambda p: loss(name, p))(params)
-        updates, state = tx.update(grads, state, params, batch=None)
+        updates, state = tx.update(
+            grads, state, params, batch=None, grad=grads, value_fn=lambda p: loss(name, p)
+        )
         return (optax.apply_updates(params, updates), state), None
 
     @jax.jit
@@ -78,9 +93,13 @@ def final_loss(tx, name, steps):
 def test_descends_to_the_minimum(name, problem):
     case = cases.CASES[name]
     metric = (HESSIANS if name.endswith("hessian") else METRICS)[problem]
-    takes_metric = "metric" in inspect.signature(case.factory).parameters
+    takes = inspect.signature(case.factory).parameters
     changes = cases.shaped(name, PROBLEMS[problem][1], None)
-    tx = case.make(**changes, **({"metric": metric} if takes_metric else {}))
+    if "metric" in takes:
+        changes["metric"] = metric
+    if "model" in takes:
+        changes |= {"model": WITH_LIKELIHOOD[problem], "likelihood": None}
+    tx = case.make(**changes)
     optimizer = tx if case.optimizer is None else case.optimizer(tx, metric)
     start = float(loss(problem, PROBLEMS[problem][1]))
     assert final_loss(optimizer, problem, case.steps) < 1e-3 * start

@@ -22,8 +22,7 @@ with warnings.catch_warnings():
 RNG = np.random.default_rng(4)
 SIZES = (5, 4, 3)
 PARAMS = [
-    {"w": RNG.normal(size=(p, q)), "b": RNG.normal(size=q)}
-    for p, q in itertools.pairwise(SIZES)
+    {"w": RNG.normal(size=(p, q)), "b": RNG.normal(size=q)} for p, q in itertools.pairwise(SIZES)
 ]
 INPUTS, LABELS = RNG.normal(size=(7, 5)), RNG.integers(0, 3, size=7)
 

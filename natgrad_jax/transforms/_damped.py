@@ -1,0 +1,84 @@
+"""The rule by which damping follows the ratio of actual to predicted decrease."""
+
+import inspect
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from natgrad_jax import _boundary
+from natgrad_jax.transforms.scale_by_natural_gradient import ScaleByNaturalGradientState
+from natgrad_jax.transforms.scale_by_quadratic_model import ScaleByQuadraticModelState
+
+Tree = Any
+
+#: Ratios above the first lower the damping, those below the second raise it.
+GOOD, POOR = 0.75, 0.25
+
+#: States of transformations that read the keyword `damping`.
+_READERS = (ScaleByNaturalGradientState, ScaleByQuadraticModelState)
+
+
+class Settings(NamedTuple):
+    """What `levenberg_marquardt` is told; numbers may be traced."""
+
+    initial: jax.typing.ArrayLike
+    factor: jax.typing.ArrayLike
+    every: jax.typing.ArrayLike
+    lowest: jax.typing.ArrayLike | None
+    largest: jax.typing.ArrayLike
+    reject: jax.typing.ArrayLike
+
+
+def settings(
+    name: str, initial: Any, factor: Any, every: Any, lowest: Any, largest: Any, reject: Any
+) -> Settings:
+    """Raises unless the numbers are in range."""
+    named = {
+        "initial_damping": initial,
+        "factor": factor,
+        "every": every,
+        "min_damping": 0.0 if lowest is None else lowest,
+        "max_damping": largest,
+    }
+    for label, number in named.items():
+        _boundary.check_number(name, label, number)
+    if isinstance(factor, int | float) and not factor > 1:
+        raise ValueError(f"{name}: factor must be above 1, got {factor}")
+    if isinstance(every, int) and every < 1:
+        raise ValueError(f"{name}: every must be at least 1, got {every}")
+    return Settings(initial, factor, every, lowest, largest, reject)
+
+
+def adapted(
+    settings: Settings,
+    damping: jax.Array,
+    ratio: jax.Array,
+    rejected: jax.Array,
+    due: jax.Array,
+) -> jax.Array:
+    """The damping of the next step."""
+    dtype = damping.dtype
+    factor = jnp.asarray(settings.factor).astype(dtype)
+    change = jnp.where((ratio < POOR) | rejected, factor, jnp.where(ratio > GOOD, 1 / factor, 1))
+    lowest = 10 * jnp.finfo(dtype).eps if settings.lowest is None else settings.lowest
+    bounds = (jnp.asarray(x).astype(dtype) for x in (lowest, settings.largest))
+    return jnp.clip(jnp.where(due, damping * change, damping), *bounds)
+
+
+def check_reads_damping(
+    name: str, inner: optax.GradientTransformation, state: Any, params: Tree
+) -> None:
+    """Raises unless something in a transformation takes the keyword `damping`.
+
+    Told by the states inside, or by the signature of an `update` of the user's own.
+    """
+    if "damping" in inspect.signature(inner.update).parameters or not jax.tree.leaves(params):
+        return
+    reader = lambda x: isinstance(x, _READERS)
+    if not any(map(reader, jax.tree.leaves(state, is_leaf=reader))):
+        raise ValueError(
+            f"{name}: nothing inside `inner` reads `damping`; it must hold natural_gradient,"
+            " scale_by_natural_gradient or another transformation whose update takes damping="
+        )

@@ -14,7 +14,7 @@ README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 
 @pytest.mark.smoke
 def test_the_chain_example_of_the_readme_lowers_the_loss():
-    chain, kfac = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    chain, kfac, control = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     names: dict = {}
     exec(compile(chain, "README.md", "exec"), names)
     start = jax.tree.map(lambda p: 0 * p, names["params"])
@@ -28,6 +28,10 @@ def test_the_chain_example_of_the_readme_lowers_the_loss():
     exec(compile(kfac, "README.md", "exec"), names)
     moved = jax.tree.map(jnp.add, start, names["updates"])
     assert float(names["loss"](moved, names["batch"])) < 0.95 * float(before)
+    names["params"] = start
+    exec(compile(control, "README.md", "exec"), names)
+    assert float(names["loss"](names["params"], names["batch"])) < 0.8 * float(before)
+    assert float(names["state"].info.decrease) > 0
 
 
 def test_the_table_of_explain_is_what_it_prints():

@@ -57,11 +57,16 @@ def adapted(
     ratio: jax.Array,
     rejected: jax.Array,
     due: jax.Array,
+    just_rejected: jax.Array,
 ) -> jax.Array:
-    """The damping of the next step."""
+    """The damping of the next step; right after a rejection it does not fall.
+
+    Otherwise every second step of a narrow valley would be rejected.
+    """
     dtype = damping.dtype
     factor = jnp.asarray(settings.factor).astype(dtype)
-    change = jnp.where((ratio < POOR) | rejected, factor, jnp.where(ratio > GOOD, 1 / factor, 1))
+    falls = (ratio > GOOD) & ~just_rejected
+    change = jnp.where((ratio < POOR) | rejected, factor, jnp.where(falls, 1 / factor, 1))
     lowest = 10 * jnp.finfo(dtype).eps if settings.lowest is None else settings.lowest
     bounds = (jnp.asarray(x).astype(dtype) for x in (lowest, settings.largest))
     return jnp.clip(jnp.where(due, damping * change, damping), *bounds)

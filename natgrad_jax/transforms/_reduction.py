@@ -42,4 +42,5 @@ def ratio(actual: jax.Array, predicted: jax.Array, value: jax.Array) -> jax.Arra
     noise = 10 * jnp.finfo(value.dtype).eps * jnp.abs(value)
     above, below = actual + noise, predicted.astype(value.dtype) + noise
     usable = jnp.isfinite(above) & (below > 0) & jnp.isfinite(below)
-    return jnp.where(usable, above / jnp.where(usable, below, 1), -jnp.inf)
+    found = jnp.where(usable, above / jnp.where(usable, below, 1), -jnp.inf)
+    return jnp.where((above == 0) & (below == 0), 1, found)

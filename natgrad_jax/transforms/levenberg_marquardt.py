@@ -232,7 +232,7 @@ def _judged(
     # True for NaN, too.
     rejected = jnp.asarray(settings.reject).astype(jnp.bool_) & ~(there <= value)
     due = ((state.count + 1) % settings.every == 0) | rejected
-    damping = _damped.adapted(settings, state.damping, ratio, rejected, due)
+    damping = _damped.adapted(settings, state.damping, ratio, rejected, due, state.rejected)
     real = lambda x: x.astype(jnp.float32)
     info = LevenbergMarquardtInfo(
         real(state.damping), real(ratio), real(decrease), real(predicted), rejected

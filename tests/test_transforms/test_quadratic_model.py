@@ -1,0 +1,163 @@
+"""Learning rate and momentum by the quadratic model, and the adaptive optimizer made of it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import natgrad_jax as ng
+
+pytestmark = pytest.mark.usefixtures("x64", "standard_promotion")
+
+RNG = np.random.default_rng(8)
+INPUTS, TARGETS = RNG.normal(size=(9, 3)), RNG.integers(0, 2, size=9)
+PARAMS = {"w": RNG.normal(size=(3, 2)), "b": RNG.normal(size=2)}
+
+
+def logits(params, batch):
+    return jnp.tanh(batch[0] @ params["w"]) + params["b"]
+
+
+def log_prob(params, batch):
+    return ng.Categorical().log_prob(logits(params, batch), batch[1])
+
+
+def loss(params, batch):
+    return -jnp.mean(log_prob(params, batch))
+
+
+BATCH = INPUTS, TARGETS
+EXACT = ng.exact_fisher(logits, ng.Categorical())
+SAMPLED = ng.sampled_fisher(logits, ng.Categorical())
+RESIDUAL = ng.gauss_newton(logits)
+HESSIAN = ng.hessian(loss)
+ravel = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+random_tree = lambda: jax.tree.map(lambda x: RNG.normal(size=x.shape), PARAMS)
+
+
+def two_updates(metric, damping, key=3):
+    """Two steps along random directions; the second with momentum. All raveled."""
+    tx = ng.scale_by_quadratic_model(metric, damping=damping)
+    update = jax.jit(lambda d, g, state, p: tx.update(d, state, p, batch=BATCH, grad=g))
+    state, params, found = tx.init(PARAMS), PARAMS, []
+    for _ in range(2):
+        d, g = random_tree(), jax.grad(loss)(params, BATCH)
+        step, state = update(d, g, state, params)
+        found.append((params, ravel(d), ravel(g), ravel(step), state.info))
+        # What is applied is not what came out: the step before is read off the parameters.
+        params = jax.tree.map(lambda p, u: p - 0.3 * u, params, step)
+    return found
+
+
+#: The metric that is given, and the one whose matrix the model must have.
+METRICS = {
+    "exact": (EXACT, EXACT),
+    "sampled": (SAMPLED, EXACT),
+    "gauss_newton": (RESIDUAL, RESIDUAL),
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_the_step_is_the_minimum_over_direction_and_previous_step(name, damping):
+    metric, measuring = METRICS[name]
+    (start, d0, g0, step0, _), (params, d, g, step, info) = two_updates(metric, damping)
+    fisher = np.asarray(ng.fisher_matrix(measuring, start, BATCH)) + damping * np.eye(8)
+    np.testing.assert_allclose(step0, d0 * (g0 @ d0) / (d0 @ fisher @ d0), rtol=1e-8)
+
+    plain = np.asarray(ng.fisher_matrix(measuring, params, BATCH))
+    fisher = plain + damping * np.eye(8)
+    basis = np.stack([-d, -0.3 * step0], axis=1)
+    best = np.linalg.solve(basis.T @ fisher @ basis, -basis.T @ g)
+    np.testing.assert_allclose(-step, basis @ best, rtol=1e-6)
+    np.testing.assert_allclose([info.rate, info.momentum], best, rtol=1e-5)
+    u = -step
+    np.testing.assert_allclose(info.predicted, -(g @ u + u @ plain @ u / 2), rtol=1e-6)
+    # The control: without the previous step it is another one.
+    alone = d * (g @ d) / (d @ fisher @ d)
+    assert np.abs(step - alone).max() > 1e-3 * np.abs(step).max()
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_the_length_of_the_direction_does_not_matter(scale):
+    tx = ng.scale_by_quadratic_model(EXACT)
+    d, g = random_tree(), jax.grad(loss)(PARAMS, BATCH)
+    steps = [
+        tx.update(
+            jax.tree.map(lambda x, f=f: f * x, d), tx.init(PARAMS), PARAMS, batch=BATCH, grad=g
+        )[0]
+        for f in (1.0, scale)
+    ]
+    np.testing.assert_allclose(ravel(steps[1]), ravel(steps[0]), rtol=1e-10)
+
+
+def test_a_previous_step_along_the_direction_adds_nothing():
+    tx = ng.scale_by_quadratic_model(EXACT)
+    d = random_tree()
+    state = tx.init(PARAMS)
+    _, state = tx.update(d, state, PARAMS, batch=BATCH, grad=d)
+    moved = jax.tree.map(lambda p, x: p + 0.1 * x, PARAMS, d)
+    step, state = tx.update(d, state, moved, batch=BATCH, grad=d)
+    assert state.info.momentum == 0
+    assert np.all(np.isfinite(ravel(step)))
+
+
+def test_without_a_minimum_the_direction_is_left_alone():
+    concave = ng.hessian(lambda p, batch: -jnp.sum(p**2))
+    tx, p, d = ng.scale_by_quadratic_model(concave), np.ones(3), np.array([1.0, 2.0, 3.0])
+    step, _ = tx.update(d, tx.init(p), p, batch=None, grad=d)
+    np.testing.assert_allclose(step, d)
+    # Damping gives it one.
+    step, _ = tx.update(d, tx.init(p), p, batch=None, grad=d, damping=4.0)
+    np.testing.assert_allclose(step, d / 2)
+
+
+def test_no_gradient_gives_no_step():
+    tx, zero = ng.scale_by_quadratic_model(EXACT), jax.tree.map(np.zeros_like, PARAMS)
+    step, _ = tx.update(zero, tx.init(PARAMS), PARAMS, batch=BATCH, grad=zero)
+    assert not np.any(ravel(step))
+
+
+def test_a_missing_gradient_is_named():
+    tx = ng.scale_by_quadratic_model(EXACT)
+    with pytest.raises(TypeError, match="`grad`"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, batch=BATCH)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def train(tx, steps):
+    def step(carry, _):
+        params, state = carry
+        value, g = jax.value_and_grad(loss)(params, BATCH)
+        updates, state = tx.update(g, state, params, batch=BATCH, value=value, value_fn=loss)
+        return (optax.apply_updates(params, updates), state), (value, getattr(state, "info", ()))
+
+    (_, state), (values, infos) = jax.lax.scan(step, (PARAMS, tx.init(PARAMS)), length=steps)
+    return state, values, infos
+
+
+def test_the_adaptive_optimizer_is_its_three_parts():
+    """levenberg_marquardt around a chain of the other two, which measures the model anew."""
+    parts = optax.chain(
+        ng.scale_by_natural_gradient(EXACT), ng.scale_by_quadratic_model(EXACT), optax.scale(-1.0)
+    )
+    _, expected, info = train(ng.levenberg_marquardt(parts, EXACT), 8)
+    _, values, infos = train(ng.adaptive_natural_gradient(EXACT), 8)
+    np.testing.assert_allclose(values, expected, rtol=1e-8)
+    np.testing.assert_allclose(infos.predicted, info.predicted, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [None, ng.woodbury(), ng.cg(), ng.kfac(BATCH), ng.ekfac(BATCH)],
+    ids=lambda s: s and s.name,
+)
+def test_the_adaptive_optimizer_never_rises_and_needs_no_rate(solver):
+    tx = ng.adaptive_natural_gradient(EXACT, solver=solver)
+    _, values, _ = train(tx, 40)
+    assert np.all(np.diff(values) <= 0)
+    _, adam, _ = train(optax.with_extra_args_support(optax.adam(0.1)), 40)
+    assert values[20] < adam[20]

@@ -36,9 +36,7 @@ def curves(key):
     """Images (28, 28) of cubic Bezier curves, values in [0, 1]."""
     points = jax.random.uniform(key, (2, 4), minval=4.0, maxval=24.0)
     t = jnp.linspace(0, 1, 60)[:, None]
-    basis = jnp.concatenate(
-        [(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3], axis=1
-    )
+    basis = jnp.concatenate([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3], axis=1)
     x, y = points @ basis.T
     grid = jnp.arange(28.0)
     squares = (x[:, None, None] - grid[None, :, None]) ** 2 + (

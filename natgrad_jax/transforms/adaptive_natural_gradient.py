@@ -21,7 +21,7 @@ def adaptive_natural_gradient(
     *,
     solver: Solver | None = None,
     initial_damping: jax.typing.ArrayLike = 1e-2,
-    factor: jax.typing.ArrayLike = 3.0,
+    factor: jax.typing.ArrayLike = 2.0,
     every: jax.typing.ArrayLike = 1,
     min_damping: jax.typing.ArrayLike | None = None,
     max_damping: jax.typing.ArrayLike = 1e8,

@@ -165,7 +165,7 @@ def _after_a_step(tx, metric):
     return optax.chain(ng.scale_by_natural_gradient(metric, damping=DAMPING), optax.scale(-1.0), tx)
 
 
-def _levenberg_marquardt(metric, solver=None, initial_damping=DAMPING, factor=3.0):
+def _levenberg_marquardt(metric, solver=None, initial_damping=DAMPING, factor=2.0):
     """The wrapper around its usual inner transformation, of the same metric."""
     inner = ng.natural_gradient(0.9, metric, solver=solver)
     return ng.levenberg_marquardt(inner, metric, initial_damping=initial_damping, factor=factor)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from natgrad_jax import _acceleration
 from natgrad_jax import _boundary
+from natgrad_jax import _damping_scale
 from natgrad_jax import _sharding
 from natgrad_jax import _trees
 from natgrad_jax.curvature import curvature
@@ -26,7 +27,8 @@ class NaturalGradientInfo(NamedTuple):
     Attributes:
       damping: the damping used.
       iterations: products with F that an iterative solver took, 0 for direct ones.
-      relative_residual: ||(F + damping I) d - g|| / ||g||, or -1 where it was not measured.
+      relative_residual: ||(F + damping I) d - g|| / ||g||, or -1 where it was not measured. With a
+        damping scale s this and `outside_row_space` are those of the system in s^(1/2) theta.
       grad_dot_direction: the inner product of the gradient and the direction.
       outside_row_space: the share of ||d|| outside the row space of R, where the gradient was only
         divided by the damping; -1 where it was not measured.
@@ -71,12 +73,15 @@ def natural_gradient_direction(
     *,
     solver: Solver | None = None,
     damping: jax.typing.ArrayLike = 1e-3,
+    damping_scale: Tree | str | None = None,
     key: jax.Array | None = None,
 ) -> tuple[Tree, NaturalGradientInfo]:
     r"""The direction of one natural gradient step.
 
     .. math::
         d = (F(\theta) + \lambda I)^{-1} g
+        \qquad\text{or}\qquad
+        d = (F(\theta) + \lambda\, \mathrm{diag}(s))^{-1} g
 
     Args:
       metric: the metric F, from `exact_fisher`, `sampled_fisher`, ...
@@ -86,6 +91,9 @@ def natural_gradient_direction(
       solver: one of the solvers; None chooses an exact one from static shapes: `cholesky` when
         P <= 2048 and P is not above the number of rows M, `woodbury` while M <= 4096, `cg` beyond.
       damping: :math:`\lambda`, in units of F. 0 means the pseudo-inverse.
+      damping_scale: s, as for :func:`scale_by_natural_gradient`: a tree prefix of ``params`` with
+        one positive number for each parameter leaf, or "diagonal" for the diagonal of F; None for
+        one.
       key: random key (typed, legacy or an int seed), for a metric that samples.
 
     Returns:
@@ -109,17 +117,19 @@ def natural_gradient_direction(
       True
 
     References:
-      Amari, 1998, Natural gradient works efficiently in learning.
+      Amari, 1998, Natural gradient works efficiently in learning; Marquardt, 1963 (the diagonal).
     """
     caller = "natural_gradient_direction"
     check_arguments(caller, metric, solver, damping)
     _boundary.check_params(caller, params)
     _boundary.check_batch(caller, batch)
     _boundary.check_like_params(caller, "grads", grads, params)
+    damping_scale = _damping_scale.check(caller, damping_scale, solver)
+    _damping_scale.check_prefix(caller, damping_scale, params)
     solver = AUTOMATIC if solver is None else solver
     state = solver.init(metric, params)
     core = functools.partial(compiled_direction, metric, solver)
-    operands = (grads, params, batch, damping, key, state, None, None, None)
+    operands = (grads, params, batch, damping, key, state, None, None, None, damping_scale)
     like = (grads, state, None, empty_info())
     direction, _, _, info = _sharding.run(core, operands, like)
     return _sharding.keep(direction, grads), info
@@ -154,6 +164,7 @@ def compiled_direction(
     momentum: jax.Array | None,
     velocity: Tree | None,
     full_params: Tree | None,
+    damping_scale: Tree | None = None,
     *,
     accelerated: bool = False,
 ) -> tuple[Tree, Any, Tree | None, NaturalGradientInfo]:
@@ -174,7 +185,7 @@ def compiled_direction(
         return grads, state, velocity, empty_info()._replace(damping=damping.astype(jnp.float32))
 
     here = curvature(metric, params, batch, key)
-    solve, state = solver.prepare(here, damping, state)
+    solve, state = _damping_scale.scaled(solver, damping_scale).prepare(here, damping, state)
     rhs = g
     if velocity is not None:
         momentum = jnp.asarray(momentum).astype(dtype)

@@ -212,6 +212,8 @@ def _linear(equation: Any, operands: list[Value], at: int, label: Any, tape: Tap
     use = uses.LINEAR[_jaxpr.name(equation)](equation, operands, at, label)
     (result,) = _jaxpr.bind(equation, *arrays_of(operands))
     probed = tape.probe(use, operands[at].view, label, result)
+    if operands[at].view.scale is not None:  # its cotangent is not that of what is added
+        return [Value(probed, label)]
     origin = Origin(tape, len(tape.sites) - 1, tuple(range(result.ndim)))
     return [Value(probed, label, origin=origin)]
 

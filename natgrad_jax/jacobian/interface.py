@@ -17,18 +17,19 @@ class Jacobian(NamedTuple):
     Attributes:
       product: params-like tree v to R v, (M,).
       transposed_product: u (M,) to R^T u, params-like.
-      gram: () -> R R^T (M, M).
+      gram: () -> R R^T (M, M); given units c, a params-like tree of scalars or of arrays like the
+        leaves, R diag(c^2) R^T.
       diagonal: () -> the diagonal of F, params-like.
       blocks: () -> for each leaf of P_l parameters its block of F, (P_l, P_l).
       matrix: () -> R itself, (M, P).
       squared_norms: () -> the squared norm of every row, (M,); of a centered metric before
-        centering.
+        centering. It takes units as `gram` does.
     """
 
     product: Callable[[Tree], jax.Array]
     transposed_product: Callable[[jax.Array], Tree]
-    gram: Callable[[], jax.Array]
+    gram: Callable[..., jax.Array]
     diagonal: Callable[[], Tree]
     blocks: Callable[[], Tree]
     matrix: Callable[[], jax.Array]
-    squared_norms: Callable[[], jax.Array]
+    squared_norms: Callable[..., jax.Array]

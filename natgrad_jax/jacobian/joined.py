@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from natgrad_jax.jacobian import _jaxpr
 from natgrad_jax.jacobian import view as views
@@ -48,6 +49,14 @@ class Joined(NamedTuple):
             placed = views.place(part.reshape(-1), shape, view.offset, _pieces(view))
             result.append((view.root, placed))
         return result
+
+    def owners(self, indices: np.ndarray) -> np.ndarray:
+        """The number, among `views`, of the parameter behind each entry of the flat joint array."""
+        sizes = [_sizes(view) for view in self.views]
+        counts = [1 if self.stacks else size[self.axis] for size in sizes]
+        inner = math.prod(sizes[0][self.axis + (not self.stacks) :])
+        along = indices // max(inner, 1) % max(sum(counts), 1)
+        return np.repeat(np.arange(len(counts)), counts)[along]
 
 
 def leaves_behind(root: int, joined: dict[int, Joined]) -> list[int]:

@@ -28,6 +28,7 @@ from natgrad_jax.jacobian.engine import Model
 from natgrad_jax.jacobian.engine import Plan
 from natgrad_jax.jacobian.factored import Part
 from natgrad_jax.jacobian.factored import Place
+from natgrad_jax.jacobian.joined import Joined
 from natgrad_jax.jacobian.joined import leaves_behind
 from natgrad_jax.jacobian.reader import Reading
 from natgrad_jax.jacobian.tape import Site
@@ -61,6 +62,7 @@ class Kronecker(NamedTuple):
       merge: (arrays, params-like tree) -> tree; entries in no block are those of the tree given.
       positions_apart: whether a model that mixes examples had every position counted as one.
       leaves: for each block the parameter leaves behind it.
+      joined: arrays that join parameters, where blocks speak of them.
     """
 
     blocks: list[Block]
@@ -69,6 +71,7 @@ class Kronecker(NamedTuple):
     merge: Callable[[list[jax.Array], Tree], Tree]
     positions_apart: bool
     leaves: list[list[int]]
+    joined: dict[int, Joined]
 
 
 class _Entry(NamedTuple):
@@ -134,7 +137,7 @@ def kronecker(
         ]
         for b in blocks
     ]
-    return Kronecker(blocks, uses, split, merge, apart, leaves)
+    return Kronecker(blocks, uses, split, merge, apart, leaves, joined)
 
 
 def _numbered(made: Plan, placed: list[assemble.Placed]) -> list[_Entry]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from natgrad_jax.jacobian import columns
 from natgrad_jax.jacobian import factored
 from natgrad_jax.jacobian import gram as grams
+from natgrad_jax.jacobian import scaling
 from natgrad_jax.jacobian.columns import RowGroup
 from natgrad_jax.jacobian.factored import Factor
 from natgrad_jax.jacobian.factored import Place
@@ -78,14 +79,20 @@ def jacobian_of_factors(
             ]
         )
 
-    def gram() -> jax.Array:
-        blocks = {}
+    def in_units(units: Tree | None) -> list[tuple[Factor, jax.Array | None]]:
+        if units is None:
+            return [(factor, None) for factor in factors]
+        scales = jax.tree.leaves(units)
+        return [scaling.in_units(factor, joined, scales) for factor in factors]
+
+    def gram(units: Tree | None = None) -> jax.Array:
+        blocks, own = {}, in_units(units)
         for g, first in enumerate(groups):
             for h, second in list(enumerate(groups))[g:]:
                 shape = (first.examples, first.columns, second.examples, second.columns)
                 terms = [
-                    grams.block(place, parts[g], parts[h])
-                    for place, parts in factors
+                    _times(times, grams.block(place, parts[g], parts[h]))
+                    for (place, parts), times in own
                     if parts[g] is not None and parts[h] is not None
                 ]
                 blocks[g, h] = functools.reduce(jnp.add, terms, jnp.zeros(shape, dtype))
@@ -124,12 +131,12 @@ def jacobian_of_factors(
     def pairs() -> list[tuple[jax.Array, jax.Array]]:
         return [(leaf_rows(i), leaf) for i, leaf in enumerate(leaves)]
 
-    def squared_norms() -> jax.Array:
+    def squared_norms(units: Tree | None = None) -> jax.Array:
         parts = [jnp.zeros((group.examples, group.columns), dtype) for group in groups]
-        for place, own in factors:
+        for (place, own), times in in_units(units):
             for g, part in enumerate(own):
                 if part is not None:
-                    parts[g] = parts[g] + grams.squared_norms(place, part)
+                    parts[g] = parts[g] + _times(times, grams.squared_norms(place, part))
         return columns.to_rows(groups, parts)
 
     return Jacobian(
@@ -141,3 +148,7 @@ def jacobian_of_factors(
         matrix=lambda: jnp.concatenate([r for r, _ in pairs()], axis=1),
         squared_norms=squared_norms,
     )
+
+
+def _times(factor: jax.Array | None, x: jax.Array) -> jax.Array:
+    return x if factor is None else factor * x

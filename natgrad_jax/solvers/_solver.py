@@ -71,6 +71,8 @@ class Solver(NamedTuple):
       needs_rows: whether it works on the rows R of F = R^T R.
       anew: (state, flag or None) -> a state whose next step, where the flag holds, reuses nothing
         that depends on an earlier damping.
+      scales_entries: whether it takes an F whose entries are scaled one by one, which has rows but
+        no Kronecker factors.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Solver(NamedTuple):
     prepare: Callable[[Curvature, jax.Array, Any], tuple[Solve, Any]]
     needs_rows: bool = False
     anew: Callable[[Any, jax.typing.ArrayLike | None], Any] = lambda state, flag: state
+    scales_entries: bool = True
 
 
 def stateless(metric: Metric, params: Tree) -> tuple[()]:

@@ -154,7 +154,11 @@ def cg(
         return solve, CGState(state.previous, inner_state)
 
     return Solver(
-        "cg", init, prepare, needs_rows=preconditioner is not None and preconditioner.needs_rows
+        "cg",
+        init,
+        prepare,
+        needs_rows=preconditioner is not None and preconditioner.needs_rows,
+        scales_entries=preconditioner is None or preconditioner.scales_entries,
     )
 
 

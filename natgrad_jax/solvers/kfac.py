@@ -162,7 +162,7 @@ def kfac(
         # At step 0 everything is renewed; the factors remain those averaged.
         return state._replace(count=jnp.where(flag, 0, state.count))
 
-    return Solver(name, init, prepare, needs_rows=True, anew=anew)
+    return Solver(name, init, prepare, needs_rows=True, anew=anew, scales_entries=False)
 
 
 def _renewed(

@@ -21,6 +21,7 @@ def natural_gradient(
     *,
     solver: Solver | None = None,
     damping: optax.ScalarOrSchedule = 1e-3,
+    damping_scale: Tree | str | None = None,
     momentum: optax.ScalarOrSchedule | None = None,
     max_kl: jax.typing.ArrayLike | None = None,
     weight_decay: jax.typing.ArrayLike | None = None,
@@ -42,6 +43,9 @@ def natural_gradient(
         match a loss that is the mean over examples of the negative log-likelihood.
       solver: as for :func:`scale_by_natural_gradient`; None chooses an exact one.
       damping: :math:`\lambda`, in units of F; a number or a schedule.
+      damping_scale: s of a damping :math:`\lambda\, \mathrm{diag}(s)`, as for
+        :func:`scale_by_natural_gradient`: a tree prefix of the parameters with positive numbers,
+        or "diagonal" for the diagonal of F; None for one.
       momentum: SPRING momentum, a number or a schedule; None for none.
       max_kl: the largest KL divergence of a step, in nats per row; None for no limit. A number:
         for a schedule use ``optax.inject_hyperparams``.
@@ -79,7 +83,12 @@ def natural_gradient(
     """
     parts = [
         scale_by_natural_gradient(
-            metric, solver=solver, damping=damping, momentum=momentum, key=key
+            metric,
+            solver=solver,
+            damping=damping,
+            damping_scale=damping_scale,
+            momentum=momentum,
+            key=key,
         )
     ]
     if weight_decay is not None:

@@ -9,6 +9,7 @@ import optax
 
 from natgrad_jax import _acceleration
 from natgrad_jax import _boundary
+from natgrad_jax import _damping_scale
 from natgrad_jax import _random
 from natgrad_jax import _sharding
 from natgrad_jax import _trees
@@ -44,6 +45,7 @@ def scale_by_natural_gradient(
     *,
     solver: Solver | None = None,
     damping: optax.ScalarOrSchedule = 1e-3,
+    damping_scale: Tree | str | None = None,
     momentum: optax.ScalarOrSchedule | None = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -55,7 +57,8 @@ def scale_by_natural_gradient(
         \phi_k = \mu \phi_{k-1} + (F + \lambda I)^{-1} (g_k - \mu F \phi_{k-1})
 
     with the metric F at the current parameters and batch, damping :math:`\lambda` and momentum
-    :math:`\mu` (SPRING, for every solver).
+    :math:`\mu` (SPRING, for every solver). A ``damping_scale`` s puts
+    :math:`\lambda\, \mathrm{diag}(s)` in place of :math:`\lambda I`.
 
     Args:
       metric: the metric F, from `exact_fisher`, `sampled_fisher`, `empirical_fisher`,
@@ -64,6 +67,10 @@ def scale_by_natural_gradient(
         `block_diagonal` (approximate), or None, which chooses an exact one from static shapes.
       damping: :math:`\lambda \ge 0` in units of F, or a schedule of the update count. 0 means the
         pseudo-inverse. ``update`` also takes ``damping=``, which goes before.
+      damping_scale: s, for parameters in different units: a tree prefix of the parameters, such
+        as ``{"encoder": 1.0, "log_scale": 100.0}``, with a positive number for every leaf, its
+        damping in multiples of :math:`\lambda`. "diagonal" means s = diag(F) at every update
+        (Marquardt), :math:`\lambda` then being a pure number; see the notes. None for one.
       momentum: :math:`\mu`, or a schedule; None for no momentum and no buffer.
       key: seed or key (typed or legacy) of the samples of a sampling metric.
 
@@ -76,7 +83,8 @@ def scale_by_natural_gradient(
       are ignored. The state is a :class:`ScaleByNaturalGradientState` with diagnostics in ``info``.
 
     Raises:
-      TypeError, ValueError: metric, solver or key are no such thing, or do not fit one another.
+      TypeError, ValueError: metric, solver, scale or key are no such thing, or do not fit one
+        another.
 
     Examples:
       Linear regression, solved by one undamped step:
@@ -92,12 +100,32 @@ def scale_by_natural_gradient(
       >>> bool(jnp.allclose(optax.apply_updates(params, updates), jnp.array([1.0, 2.0]), atol=1e-4))
       True
 
+    Notes:
+      A damping scale is a change of variables, to :math:`s^{1/2} \theta`, for every solver and at
+      no cost to speak of; damping 0 then is the pseudo-inverse in these, and a gain of `spectral`
+      a function of F in these. `kfac` and `ekfac` are those of the model so reparametrised: what
+      they keep from step to step belongs to one scale, and follows a change of it as averages are
+      renewed. (Where parameters are concatenated before use and their biases have scales in other
+      proportions, such a block takes the nearest scale that is a product of one of its inputs and
+      one of its outputs.)
+
+      With "diagonal" a rescaling of single parameters changes nothing but the scale of their
+      steps. It takes the diagonal of F at every update: from rows where the metric has them (`cg`
+      would otherwise do without), by one product for each parameter where it has none. Solvers in
+      sample space (`woodbury`, `spectral`) then form dense rows, M x P numbers, as `cholesky` does
+      anyway; `kfac` and `ekfac`, which have no such thing, refuse. Of a Hessian the sizes of the
+      diagonal count. Entries that vanish, or are rounding beside the largest (a ratio of
+      (10 eps)^2), know no units: they are damped like the largest.
+
     References:
-      Amari, 1998; Goldshlager, Abrahamsen and Lin, 2024, A Kaczmarz-inspired approach to accelerate
-      the optimization of neural network wavefunctions (SPRING).
+      Amari, 1998; Marquardt, 1963, An algorithm for least-squares estimation of nonlinear
+      parameters; More, 1978, The Levenberg-Marquardt algorithm; Goldshlager, Abrahamsen and Lin,
+      2024, A Kaczmarz-inspired approach to accelerate the optimization of neural network
+      wavefunctions (SPRING).
     """
     name = "scale_by_natural_gradient"
     direction.check_arguments(name, metric, solver, damping)
+    scale = _damping_scale.check(name, damping_scale, solver)
     solve = AUTOMATIC if solver is None else solver
     keys = _random.key_stream(name, key)
     _boundary.check_number(name, "damping", damping, schedule=True)
@@ -107,6 +135,8 @@ def scale_by_natural_gradient(
     default_damping = damping
 
     def init_fn(params: Tree) -> ScaleByNaturalGradientState:
+        if jax.tree.leaves(params):  # optax also asks with a placeholder, which is like nothing
+            _damping_scale.check_prefix(name, scale, params)
         state = ScaleByNaturalGradientState(
             count=jnp.zeros((), jnp.int32),
             key=keys.start(),
@@ -130,6 +160,7 @@ def scale_by_natural_gradient(
     ) -> tuple[Tree, ScaleByNaturalGradientState]:
         del extra_args
         _call.check(name, updates, params, batch)
+        _damping_scale.check_prefix(name, scale, params)
         if damping is not None:
             _boundary.check_number(f"{name}: update()", "damping", damping)
         if geodesic_acceleration:
@@ -150,6 +181,7 @@ def scale_by_natural_gradient(
             at_count(momentum),
             state.velocity,
             full_params,
+            scale,
         )
         like = (updates, state.solver, state.velocity, state.info)
         d, solver_state, velocity, info = _sharding.run(core, operands, like)

@@ -85,8 +85,8 @@ def masked_weights(key):
 @specimen("weights scaled by a constant (NTK parametrisation)")
 def scaled_weights(key):
     r = Draw(key)
-    p = {"w1": r(4, 6), "w2": r(6, 2)}
-    f = lambda p, x: jnp.tanh(x @ (p["w1"] / 2.0)) @ (-0.3 * p["w2"])
+    p = {"w1": r(4, 6), "b1": r(6), "w2": r(6, 2)}
+    f = lambda p, x: jnp.tanh(x @ (p["w1"] / 2.0) + p["b1"]) @ (-0.3 * p["w2"])
     return f, p, r(N, 4)
 
 

@@ -223,6 +223,12 @@ CASES = {
         optimizer=_rate(0.3),
         steps=300,
     ),
+    "scale_by_natural_gradient-damping_scale": Case(
+        ng.scale_by_natural_gradient,
+        dict(metric=_exact, damping=DAMPING, damping_scale=2.0),
+        schedules=("damping",),
+        optimizer=_rate(1.0),
+    ),
     "natural_gradient": Case(
         ng.natural_gradient,
         dict(learning_rate=0.5, metric=_exact, damping=DAMPING),

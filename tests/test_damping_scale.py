@@ -178,3 +178,21 @@ def test_with_the_diagonal_the_damping_is_a_pure_number(solver):
 def test_types_are_those_of_the_gradient(scale):
     tx = ng.scale_by_natural_gradient(METRIC, damping_scale=scale, momentum=0.5)
     checks.keeps_types(tx, *cases.arrays("bfloat16"))
+
+
+def test_geodesic_acceleration_solves_with_the_scaled_damping(x64):
+    params, _, batch = cases.arrays()
+    metric, damping = cases.METRICS["gauss_newton"], 1.0
+    tx = ng.scale_by_natural_gradient(metric, damping=damping, damping_scale=SCALE)
+    got = step(tx, geodesic_acceleration=True)
+    s = np.repeat([SCALE["b"], SCALE["w"]], [2, 6])
+    system = oracle.matrix("gauss_newton", params, batch) + damping * np.diag(s)
+    d = step(tx)
+    residual = lambda p: cases.residual(p, batch)
+    along = lambda p: jax.jvp(residual, (p,), (d,))[1]
+    bend = jax.jvp(along, (params,), (d,))[1]
+    pulled = jax.vjp(residual, params)[1](bend / len(bend))[0]
+    a = np.linalg.solve(system, oracle.ravel(pulled))
+    assert np.linalg.norm(a) < 0.7 * np.linalg.norm(oracle.ravel(d))
+    oracle.close(got, oracle.ravel(d) + a / 2, EPS, ROUNDING)
+    assert np.linalg.norm(a) > 1e-3 * np.linalg.norm(oracle.ravel(d))

@@ -157,37 +157,38 @@ def _scaled(
         return direction, state
     metric = _boundary.fill_masked(metric, params, full_params)
     dtype = _trees.work_dtype(params)
-    damping = jnp.asarray(damping).astype(dtype)
-    first = state.count == 0
-    moved = jax.tree.map(
-        lambda p, seen: jnp.where(first, jnp.zeros_like(p), p - seen), params, state.params
-    )
     # Of order one each, so that squares neither overflow nor underflow.
-    d, d_size = _trees.normalised(_trees.cast(direction, dtype), dtype)
-    previous, previous_size = _trees.normalised(_trees.cast(moved, dtype), dtype)
-    g, g_size = _trees.normalised(_trees.cast(grad, dtype), dtype)
-    fisher = inner_products(metric, params, batch, [d, previous])
-    lengths = [_trees.vdot(x, y, dtype) for x, y in ((d, d), (d, previous), (previous, previous))]
-    plain = jnp.stack([jnp.stack(lengths[:2]), jnp.stack(lengths[1:])])
-    slopes = jnp.stack([_trees.vdot(g, d, dtype), _trees.vdot(g, previous, dtype)])
-    # In units of g_size: coefficients of -d and of the previous step.
-    signs = jnp.asarray([-1.0, 1.0], dtype)
-    fisher = fisher * signs[:, None] * signs[None]
-    plain = plain * signs[:, None] * signs[None]
-    best = _minimiser(fisher + damping * plain, -signs * slopes)
+    unit = lambda tree: _trees.normalised(_trees.cast(tree, dtype), dtype)
+    d, d_size = unit(direction)
+    previous, previous_size = unit(_moved(params, state))
+    g, g_size = unit(grad)
+    basis = [jax.tree.map(jnp.negative, d), previous]
+    fisher = inner_products(metric, params, batch, basis)
+    lengths = jnp.stack([jnp.stack([_trees.vdot(x, y, dtype) for y in basis]) for x in basis])
+    slopes = jnp.stack([_trees.vdot(g, x, dtype) for x in basis])
+    # In units of the gradient.
+    best = _minimiser(fisher + jnp.asarray(damping).astype(dtype) * lengths, -slopes)
     alone = jnp.stack([d_size / g_size, jnp.zeros((), dtype)])
     best = jnp.where(jnp.isfinite(best[0]), best, alone)
-    step = jax.tree.map(lambda x, y: best[0] * g_size * x - best[1] * g_size * y, d, previous)
-    linear = jnp.dot(signs * slopes, best, precision="highest")
-    curved = 0.5 * jnp.dot(best, jnp.dot(fisher, best, precision="highest"), precision="highest")
+    dot = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
+    predicted = -(dot(slopes, best) + 0.5 * dot(best, dot(fisher, best))) * g_size * g_size
+    rate, momentum = best[0] * g_size, best[1] * g_size
+    step = jax.tree.map(lambda x, y: rate * x - momentum * y, d, previous)
     info = QuadraticModelInfo(
-        (best[0] * g_size / d_size).astype(jnp.float32),
-        (best[1] * g_size / previous_size).astype(jnp.float32),
-        -(linear + curved) * g_size * g_size,
+        (rate / d_size).astype(jnp.float32),
+        (momentum / previous_size).astype(jnp.float32),
+        predicted,
     )
-    count = optax.safe_increment(state.count)
-    new = ScaleByQuadraticModelState(count, params, info)
+    new = ScaleByQuadraticModelState(optax.safe_increment(state.count), params, info)
     return _trees.cast_like(step, direction), new
+
+
+def _moved(params: Tree, state: ScaleByQuadraticModelState) -> Tree:
+    """The previous step, zero at first."""
+    first = state.count == 0
+    return jax.tree.map(
+        lambda p, seen: jnp.where(first, jnp.zeros_like(p), p - seen), params, state.params
+    )
 
 
 def _minimiser(matrix: jax.Array, rhs: jax.Array) -> jax.Array:

@@ -54,6 +54,7 @@ def test_a_factor_that_rounding_spoils_is_replaced():
     assert not error(np.asarray(halves)[:200, :200]) < 0.5
 
 
+@pytest.mark.smoke
 def test_a_batch_of_many_orders_runs_under_vmap(x64):
     orders = [30, 161, 500, 600]
     own = [matrix(order, 2 * order) for order in orders]

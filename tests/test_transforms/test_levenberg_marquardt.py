@@ -222,6 +222,7 @@ CURVED = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", CURVED)
 def test_geodesic_acceleration_saves_iterations(name):
     residual, start, damping, target = CURVED[name]

@@ -139,6 +139,7 @@ def train(tx, steps):
     return state, values, infos
 
 
+@pytest.mark.smoke
 def test_the_adaptive_optimizer_is_its_three_parts():
     """levenberg_marquardt around a chain of the other two, which measures the model anew."""
     parts = optax.chain(

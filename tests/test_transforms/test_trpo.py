@@ -100,6 +100,7 @@ def test_h2_the_scale_of_the_objective_does_not_matter(name, scale):
     assert size(Problem(name, scale).gradient()) != pytest.approx(size(Problem(name).gradient()))
 
 
+@pytest.mark.smoke
 @ALL
 @pytest.mark.parametrize("longer", [1.0, 10.0])
 def test_h3_an_accepted_step_is_within_the_radius_and_better(name, longer):

@@ -19,13 +19,13 @@ def rosenbrock(p, batch):
     return jnp.stack([10 * (p[1] - p[0] ** 2), 1 - p[0]])
 
 
-TIMES = np.array([1 / 3, 1.0, 3.0])
+TIMES = np.linspace(0, 4, 24)
+DECAYS = np.array([1.0, 1.5, 2.0, 0.3, np.sqrt(1.2), 4.0])  # three amplitudes, three rates
 
 
 def exponentials(p, batch):
-    """The fit of two decay rates of Transtrum and Sethna: its valleys are curved."""
-    curve = lambda q: jnp.exp(-q[0] * TIMES) + jnp.exp(-q[1] * TIMES)
-    return curve(p) - curve(np.array([1.0, 2.0]))
+    curve = lambda q: jnp.exp(-TIMES[:, None] * q[None, 3:]) @ q[:3]
+    return curve(p) - curve(DECAYS)
 
 
 def of(residual, factor=1.0):
@@ -218,7 +218,7 @@ def test_damping_is_found_inside_wrappers_and_reaches_them(wrap):
 #: Residuals, start, first damping and the loss to reach.
 CURVED = {
     "rosenbrock": (rosenbrock, START, 1.0, 1e-12),
-    "exponentials": (exponentials, np.array([10.0, 8.0]), 1e-2, 1e-10),
+    "exponentials": (exponentials, np.array([1.0, 1.0, 1.0, 1.64, 1.86, 4.9]), 1e-2, 1e-10),
 }
 
 

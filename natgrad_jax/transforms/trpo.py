@@ -58,8 +58,9 @@ def trpo(
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with ``update(grads, state, params, *, batch,
       value_fn, value=None)``. ``value_fn`` is what is minimised: of a policy the surrogate
-      -mean(exp(log p - log p_old) advantage), with the gradient of the policy gradient. The last
-      element of the state has the line search's ``info``.
+      -mean(exp(log p - log p_old) advantage), with the gradient of the policy gradient; where the
+      metric has weights, the mean weighted alike. The last element of the state has the line
+      search's ``info``.
 
     Raises:
       TypeError, ValueError: as for the four parts.
@@ -82,6 +83,10 @@ def trpo(
       ...     assert inside
       >>> bool(jax.nn.softmax(p)[1] > 0.95)
       True
+
+    Notes:
+      The length of a step does not depend on the size of the gradient: where that is noise, so is
+      a whole step. A gradient of exactly zero gives a step of exactly zero, not accepted.
 
     References:
       Schulman, Levine, Moritz, Jordan and Abbeel, 2015, Trust region policy optimization.

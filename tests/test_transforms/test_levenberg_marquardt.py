@@ -75,7 +75,7 @@ def test_ratio_and_prediction_are_those_of_the_formula():
 
 
 #: What the objective does beside what the model says, and what becomes of the damping.
-RATIOS = {"good": (1.0, 1 / 3), "fair": (0.5, 1.0), "poor": (0.1, 3.0), "worse": (-0.5, 3.0)}
+RATIOS = {"good": (1.0, 1 / 2), "fair": (0.5, 1.0), "poor": (0.1, 2.0), "worse": (-0.5, 2.0)}
 
 
 @pytest.mark.parametrize("name", RATIOS)

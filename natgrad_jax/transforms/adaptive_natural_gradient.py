@@ -84,8 +84,7 @@ def adaptive_natural_gradient(
 
     Notes:
       Beside the solve, two Jacobian products and one evaluation of the objective a step. With
-      ``kfac`` let factors and inverses rest for several steps. With small batches take ``every`` of
-      5 and a ``factor`` of 1.5.
+      ``kfac`` let factors and inverses rest for several steps.
 
     References:
       Martens and Grosse, 2015, Optimizing neural networks with Kronecker-factored approximate

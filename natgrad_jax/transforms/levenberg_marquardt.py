@@ -132,8 +132,8 @@ def levenberg_marquardt(
       True
 
     Notes:
-      One evaluation of the objective and one Jacobian product a step. With batches the ratio is
-      that of one batch: take ``every`` of 5 or more, and a factor nearer to 1.
+      One evaluation of the objective and one Jacobian product a step. The ratio is that of one
+      batch: where batches are small and it is noisy, ``every=5, factor=1.5`` follow it slowly.
 
     References:
       Levenberg, 1944; Marquardt, 1963; More, 1978, The Levenberg-Marquardt algorithm; Martens and
@@ -169,16 +169,7 @@ def controlled(
     def init_fn(params: Tree) -> LevenbergMarquardtState:
         state = inner.init(params)
         _damped.check_reads_damping(name, inner, state, params)
-        dtype = _trees.work_dtype(params)
-        zero = lambda dtype: jnp.zeros((), dtype)
-        start = LevenbergMarquardtState(
-            zero(jnp.int32),
-            jnp.asarray(settings.initial).astype(dtype),
-            zero(jnp.bool_),
-            state,
-            _empty(),
-        )
-        return _sharding.place_beside(start, params)
+        return _sharding.place_beside(_start(settings, state, params), params)
 
     def update_fn(
         updates: Tree,
@@ -220,6 +211,14 @@ def controlled(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _start(settings: _damped.Settings, inner: Any, params: Tree) -> LevenbergMarquardtState:
+    zero = lambda: jnp.zeros((), jnp.float32)
+    rejected = lambda: jnp.zeros((), jnp.bool_)
+    damping = jnp.asarray(settings.initial).astype(_trees.work_dtype(params))
+    info = LevenbergMarquardtInfo(zero(), zero(), zero(), zero(), rejected())
+    return LevenbergMarquardtState(jnp.zeros((), jnp.int32), damping, rejected(), inner, info)
+
+
 def _judged(
     settings: _damped.Settings,
     state: LevenbergMarquardtState,
@@ -239,8 +238,3 @@ def _judged(
     )
     count = optax.safe_increment(state.count)
     return LevenbergMarquardtState(count, damping, rejected, state.inner, info)
-
-
-def _empty() -> LevenbergMarquardtInfo:
-    zero = lambda: jnp.zeros((), jnp.float32)
-    return LevenbergMarquardtInfo(zero(), zero(), zero(), zero(), jnp.zeros((), jnp.bool_))

@@ -101,7 +101,7 @@ def test_a_badly_scaled_start_is_left_behind(name):
 
 @ALL
 def test_noise_in_the_loss_does_no_harm(name):
-    """The objective shivers by a tenth of itself from step to step and within one."""
+    """The objective shivers by a few percent, from step to step and within one."""
 
     def noisy(params, batch, count):
         key = jax.random.fold_in(jax.random.key(0), count)

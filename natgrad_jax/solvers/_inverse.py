@@ -16,8 +16,8 @@ from natgrad_jax import _symmetric
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
-#: Tiles up to this order are inverted by triangular solves.
-_LARGEST_TILE = 256
+#: Tiles up to this order are inverted by a triangular solve.
+_LARGEST_TILE = 128
 
 #: Orders of tiles are multiples of this.
 _MULTIPLE = 32
@@ -52,8 +52,8 @@ def inverse(matrix: jax.Array, damping: jax.Array, order: jax.Array) -> jax.Arra
     """
     n, dtype = matrix.shape[0], matrix.dtype
     # Past the corner the first pivot once more, which leaves the smallest and the largest alone.
-    rest = jnp.where(jnp.arange(n) < order, damping, matrix[0, 0] + damping)
-    found, (smallest, minus_largest) = _by_halves(matrix + jnp.diag(rest.astype(dtype)), order)
+    diagonal = jnp.where(jnp.arange(n) < order, damping, matrix[0, 0] + damping)
+    found, (smallest, minus_largest) = _by_halves(matrix, diagonal.astype(dtype), order)
     # False for NaN and infinity, too.
     sound = smallest > -jnp.finfo(dtype).eps * minus_largest
 
@@ -65,8 +65,10 @@ def inverse(matrix: jax.Array, damping: jax.Array, order: jax.Array) -> jax.Arra
     return _if(((damping <= 0) | ~sound) & (order > 0), by_eigen, found)
 
 
-def _by_halves(matrix: jax.Array, order: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The inverse of a positive definite matrix; of its squared pivots p the least p and -p, (2,).
+def _by_halves(
+    matrix: jax.Array, diagonal: jax.Array, order: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The inverse of matrix + diag(diagonal); of its squared pivots p the least p and -p, (2,).
 
     [[A, B^T], [B, D]]^-1 with X = B A^-1 and S = (D - X B^T)^-1 is
     [[A^-1 + X^T S X, -X^T S], [-S X, S]]. A half that is done stands inverted in its place, and X
@@ -82,9 +84,12 @@ def _by_halves(matrix: jax.Array, order: jax.Array) -> tuple[jax.Array, jax.Arra
     def step(j: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         matrix, least = carry
         begin = j * tile
-        own = _corner(matrix, begin, begin, tile)
+        # A tile's own diagonal: added to the whole matrix it would take a pass over all of it.
+        own = jnp.diag(jax.lax.dynamic_slice(diagonal, (begin,), (tile,)))
+        own = own + _corner(matrix, begin, begin, tile)
         lower = jax.lax.linalg.cholesky(own.T, symmetrize_input=False)
-        matrix = _put(matrix, jax.scipy.linalg.cho_solve((lower, True), eye), begin, begin)
+        root = jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
+        matrix = _put(matrix, _times(root.T, root), begin, begin)
         done = j + 1
         for level, half in enumerate(halves):
             whole = (done % 2 ** (level + 1) == 0) & (level < needed)

@@ -182,6 +182,7 @@ def in_turns(
     make: Callable[[jax.Array, jax.Array, jax.Array], Any],
     scalars: jax.Array,
     *,
+    scale: jax.Array | None = None,
     padded: Callable[[int], int] | None = None,
 ) -> list[Any]:
     """Renews items in turns, so that each is renewed once in a period and no step renews all.
@@ -196,11 +197,13 @@ def in_turns(
       old: the items, trees of arrays (B, n) or (B, n, n).
       make: (source (B, m, m) with zeros past n, scalar (B,), n) -> item with m in place of n.
       scalars: of each item, (items, largest B).
+      scale: of all sources, multiplied when one is loaded.
       padded: the largest order n -> m; None for m = n.
 
     Returns:
       The items.
     """
+    scaled = lambda x: x if scale is None else scale * x
     steps = slots([x.shape[0] * x.shape[1] ** 3 for x in sources], period)
     due = (count % period == jnp.asarray(steps, jnp.int32)) | (count == 0)
     classes: dict[tuple[int, int], list[int]] = {}
@@ -215,6 +218,7 @@ def in_turns(
             [old[i] for i in items],
             make,
             scalars[np.asarray(items)],
+            scaled,
             padded(order) if padded else order,
         )
         for i, x in zip(items, made, strict=True):
@@ -228,6 +232,7 @@ def _renewed_class(
     old: list[Any],
     make: Callable[[jax.Array, jax.Array, jax.Array], Any],
     scalars: jax.Array,
+    scaled: Callable[[jax.Array], jax.Array],
     order: int,
 ) -> list[Any]:
     count, numbers = len(sources), jnp.arange(len(sources))
@@ -237,7 +242,7 @@ def _renewed_class(
 
     def load(i: int) -> jax.Array:
         rest = order - sources[i].shape[1]
-        return jnp.pad(sources[i], ((0, 0), (0, rest), (0, rest)))
+        return jnp.pad(scaled(sources[i]), ((0, 0), (0, rest), (0, rest)))
 
     def store(item: Any, old: Any, here: jax.Array) -> Any:
         cut = lambda x, like: x[tuple(slice(n) for n in like.shape)]

@@ -190,8 +190,9 @@ def _renewed(
         period,
         [moments[i] for i in matrices],
         [fresh[i] for i in matrices],
-        lambda moment, share, order: make(bias * moment, share, order),
+        make,
         shares[np.asarray(matrices, int)],
+        scale=bias,
         padded=padded,
     )
     for i, x in zip(matrices, made, strict=True):

@@ -253,6 +253,8 @@ def _renewed_class(
     def step(carry: tuple[jax.Array, list[Any]]) -> tuple[jax.Array, list[Any]]:
         k, items = carry
         source = jax.lax.switch(k, [functools.partial(load, i) for i in range(count)])
+        # An item alone in its class does not depend on k: XLA would make it outside, on every step.
+        source, k = jax.lax.optimization_barrier((source, k))
         orders = jnp.asarray([x.shape[1] for x in sources])
         item = make(source, scalars[k], orders[k])
         return next_due(k + 1), [store(item, old, k == i) for i, old in enumerate(items)]

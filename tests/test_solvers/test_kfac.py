@@ -109,6 +109,18 @@ def test_turns_are_shared_out_evenly():
     assert _kronecker.slots([5, 5], 1) == [0, 0]
 
 
+@pytest.mark.parametrize("solver", [ng.ekfac(BATCHES[0]), ng.kfac(BATCHES[0])])
+def test_nothing_is_decomposed_outside_the_loop_over_what_is_due(solver, x64):
+    """XLA moves what does not depend on the step out of a loop, where it would run every time."""
+    tx = ng.scale_by_natural_gradient(METRIC, solver=solver, damping=0.1)
+    step = jax.jit(lambda s: tx.update(GRADS, s, PARAMS, batch=BATCHES[0]))
+    program = step.lower(tx.init(PARAMS)).compile().as_text()
+    loops, entry = program.split("\nENTRY")
+    assert "syevd" not in entry
+    # Four factors of four orders; the inverses share one program and its rare branch.
+    assert loops.count('custom_call_target="lapack_dsyevd') == (4 if solver.name == "ekfac" else 1)
+
+
 def test_factors_rest_between_their_steps(x64):
     states = [state for _, state in run(ng.kfac(BATCHES[0], factors_every=2), 4)]
     assert same(states[0].average, states[1].average)

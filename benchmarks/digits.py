@@ -62,12 +62,12 @@ def main() -> None:
     sampled = ng.sampled_fisher(model, CATEGORICAL)
     optimizers = {f"adam {rate:g}": (optax.adam(rate), False) for rate in RATES} | {
         "kfac, adaptive": (
-            ng.adaptive_natural_gradient(sampled, solver=ng.kfac(example)),
+            ng.adaptive_natural_gradient(sampled, solver=ng.kfac(example, inverses_every=1)),
             True,
         ),
         "woodbury, momentum": (
             ng.natural_gradient(
-                0.5, exact, solver=ng.woodbury(), damping=1e-2, momentum=0.9, max_kl=1.0
+                0.3, exact, solver=ng.woodbury(), damping=1e-2, momentum=0.9, max_kl=1.0
             ),
             True,
         ),

@@ -1,5 +1,6 @@
 """Checks at public boundaries: what shapes, types and structure tell, said at once."""
 
+import numbers
 from typing import Any
 
 import jax
@@ -37,6 +38,13 @@ def check_number(caller: str, name: str, value: Any, *, schedule: bool = False) 
         raise ValueError(f"{caller}: {name} must be a scalar, got shape {jnp.shape(value)}")
     if isinstance(value, int | float) and not value >= 0:
         raise ValueError(f"{caller}: {name} must not be negative, got {value}")
+
+
+def check_count(caller: str, name: str, value: Any) -> None:
+    """Raises unless `value` is None or a positive int."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if value is not None and not (whole and value >= 1):
+        raise ValueError(f"{caller}: {name} must be None or a positive int, got {value!r}")
 
 
 def check_params(caller: str, params: Tree) -> None:

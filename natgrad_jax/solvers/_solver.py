@@ -73,6 +73,7 @@ class Solver(NamedTuple):
         that depends on an earlier damping.
       scales_entries: whether it takes an F whose entries are scaled one by one, which has rows but
         no Kronecker factors.
+      approximates: whether another matrix stands for F by design.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Solver(NamedTuple):
     needs_rows: bool = False
     anew: Callable[[Any, jax.typing.ArrayLike | None], Any] = lambda state, flag: state
     scales_entries: bool = True
+    approximates: bool = False
 
 
 def stateless(metric: Metric, params: Tree) -> tuple[()]:

@@ -58,4 +58,4 @@ def block_diagonal() -> Solver:
 
         return solve, state
 
-    return Solver("block_diagonal", _solver.stateless, prepare)
+    return Solver("block_diagonal", _solver.stateless, prepare, approximates=True)

@@ -50,4 +50,4 @@ def diagonal() -> Solver:
 
         return solve, state
 
-    return Solver("diagonal", _solver.stateless, prepare)
+    return Solver("diagonal", _solver.stateless, prepare, approximates=True)

@@ -138,7 +138,7 @@ def ekfac(
 
         return solve, EKFACState(state.count + 1, average, tuple(bases), squares, weight)
 
-    return Solver(name, init, prepare, needs_rows=True, scales_entries=False)
+    return Solver(name, init, prepare, needs_rows=True, scales_entries=False, approximates=True)
 
 
 def _renewed(state: EKFACState, average: Average, period: int) -> list[jax.Array]:

@@ -162,7 +162,9 @@ def kfac(
         # At step 0 everything is renewed; the factors remain those averaged.
         return state._replace(count=jnp.where(flag, 0, state.count))
 
-    return Solver(name, init, prepare, needs_rows=True, anew=anew, scales_entries=False)
+    return Solver(
+        name, init, prepare, needs_rows=True, anew=anew, scales_entries=False, approximates=True
+    )
 
 
 def _renewed(

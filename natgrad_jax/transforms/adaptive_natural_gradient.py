@@ -15,6 +15,12 @@ from natgrad_jax.transforms.scale_by_quadratic_model import scale_by_quadratic_m
 
 Tree = Any
 
+#: Enough for the three inner products of the quadratic model, beside an approximate direction.
+_MODEL_EXAMPLES = 256
+
+#: The lowest damping of an approximate direction beside the first.
+_LOWEST = 0.1
+
 
 def adaptive_natural_gradient(
     metric: Metric,
@@ -26,6 +32,7 @@ def adaptive_natural_gradient(
     min_damping: jax.typing.ArrayLike | None = None,
     max_damping: jax.typing.ArrayLike = 1e8,
     reject: jax.typing.ArrayLike = True,
+    model_examples: int | None = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Natural gradient descent that finds its learning rate, momentum and damping by itself.
@@ -47,9 +54,15 @@ def adaptive_natural_gradient(
       initial_damping: of the first step, in units of F.
       factor: as for :func:`levenberg_marquardt`, as are all that follow.
       every: steps from one change of the damping to the next.
-      min_damping: the lowest damping; None for 10 eps of the working dtype.
+      min_damping: the lowest damping; None for 10 eps of the working dtype, and for a tenth of the
+        first with a solver that approximates F (see ``model_examples``): the quadratic model, which
+        is exact, lets the damping fall until the approximation is of no use.
       max_damping: the largest damping.
       reject: whether steps that make the objective worse are replaced by zero.
+      model_examples: of how many examples the quadratic model is made, at most, as in
+        :func:`scale_by_quadratic_model`. None for all with a solver that is exact, and for 256 with
+        one that approximates F (:func:`kfac`, :func:`ekfac`, :func:`diagonal`,
+        :func:`block_diagonal`): its direction is off by more than such a sample.
       key: seed or key of the samples of a sampling metric.
 
     Returns:
@@ -84,7 +97,8 @@ def adaptive_natural_gradient(
 
     Notes:
       Beside the solve, two Jacobian products and one evaluation of the objective a step. With
-      ``kfac`` let factors and inverses rest for several steps.
+      ``kfac`` let factors and inverses rest for several steps. The model of a part of the batch
+      follows Martens and Grosse, who take a quarter.
 
     References:
       Martens and Grosse, 2015, Optimizing neural networks with Kronecker-factored approximate
@@ -92,12 +106,17 @@ def adaptive_natural_gradient(
     """
     name = "adaptive_natural_gradient"
     _boundary.check_metric(name, metric)
+    _boundary.check_count(name, "model_examples", model_examples)
     settings = _damped.settings(
         name, initial_damping, factor, every, min_damping, max_damping, reject
     )
+    if isinstance(solver, Solver) and solver.approximates:
+        model_examples = _MODEL_EXAMPLES if model_examples is None else model_examples
+        lowest = _LOWEST * initial_damping if min_damping is None else min_damping
+        settings = settings._replace(lowest=lowest)
     inner = optax.chain(
         scale_by_natural_gradient(metric, solver=solver, key=key),
-        scale_by_quadratic_model(metric),
+        scale_by_quadratic_model(metric, examples=model_examples),
         optax.scale(-1.0),
     )
     foretold = lambda state: state[1].info.predicted

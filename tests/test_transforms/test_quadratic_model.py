@@ -162,3 +162,80 @@ def test_the_adaptive_optimizer_never_rises_and_needs_no_rate(solver):
     assert np.all(np.diff(values) <= 0)
     _, adam, _ = train(optax.with_extra_args_support(optax.adam(0.1)), 40)
     assert values[20] < adam[20]
+
+
+def quadratic_step(metric, batch, **settings):
+    tx = ng.scale_by_quadratic_model(metric, **settings)
+    d = jax.tree.map(jnp.ones_like, PARAMS)
+    return ravel(tx.update(d, tx.init(PARAMS), PARAMS, batch=batch, grad=d)[0])
+
+
+def test_the_model_of_some_examples_takes_every_so_many_of_the_batch():
+    every_third = jax.tree.map(lambda x: x[::3], BATCH)
+    expected = quadratic_step(EXACT, every_third)
+    for most in (3, 4):
+        np.testing.assert_allclose(quadratic_step(EXACT, BATCH, examples=most), expected)
+    whole = quadratic_step(EXACT, BATCH)
+    np.testing.assert_allclose(quadratic_step(EXACT, BATCH, examples=9), whole)
+    assert np.abs(expected - whole).max() > 1e-3 * np.abs(whole).max()
+
+
+def centered_logits(params, batch):
+    z = logits(params, batch)
+    return z - jnp.mean(z, axis=0)
+
+
+def with_offsets(params, batch):
+    return logits(params, batch) + np.linspace(0, 1, 9)[:, None]
+
+
+#: Metrics that would be others, or none, for fewer examples.
+BOUND_TO_THEIR_BATCH = {
+    "mixing": ng.exact_fisher(centered_logits, ng.Categorical()),
+    "places": ng.exact_fisher(with_offsets, ng.Categorical()),
+    "weights": ng.exact_fisher(logits, ng.Categorical(), weights=lambda b: np.linspace(1, 2, 9)),
+    "loss": HESSIAN,
+}
+
+
+@pytest.mark.parametrize("name", BOUND_TO_THEIR_BATCH)
+def test_a_metric_that_depends_on_the_whole_batch_keeps_it(name):
+    metric = BOUND_TO_THEIR_BATCH[name]
+    whole = quadratic_step(metric, BATCH)
+    np.testing.assert_array_equal(quadratic_step(metric, BATCH, examples=3), whole)
+
+
+@pytest.mark.parametrize("examples", [0, 2.5, True, "all"])
+def test_a_number_of_examples_that_is_none_is_named(examples):
+    for make in (
+        lambda: ng.scale_by_quadratic_model(EXACT, examples=examples),
+        lambda: ng.adaptive_natural_gradient(EXACT, model_examples=examples),
+    ):
+        with pytest.raises(ValueError, match=r"examples must be None or a positive int"):
+            make()
+
+
+def test_with_a_solver_that_approximates_the_model_is_of_256_examples_and_damping_has_a_floor():
+    """The control: a solver that is exact takes all, and lets the damping fall."""
+    rows = np.random.default_rng(1).integers(9, size=300)
+    batch = jax.tree.map(lambda x: x[rows], BATCH)
+    moved = {}
+    for name, solver in {"kfac": ng.kfac(BATCH), "cholesky": ng.cholesky()}.items():
+        for most in (None, 256, 300):
+            tx = ng.adaptive_natural_gradient(EXACT, solver=solver, model_examples=most)
+            value, g = jax.value_and_grad(loss)(PARAMS, batch)
+            update = jax.jit(
+                lambda g, s, v, tx=tx: tx.update(
+                    g, s, PARAMS, batch=batch, value=v, value_fn=lambda p: v - 1e3
+                )
+            )
+            state = tx.init(PARAMS)
+            for _ in range(8):
+                step, state = update(g, state, value)
+            moved[name, most] = ravel(step), float(state.damping)
+    close = lambda one, two: np.allclose(moved[one][0], moved[two][0], rtol=1e-6)
+    assert close(("kfac", None), ("kfac", 256))
+    assert not close(("kfac", None), ("kfac", 300))
+    assert close(("cholesky", None), ("cholesky", 300))
+    np.testing.assert_allclose(moved["kfac", None][1], 1e-3)
+    np.testing.assert_allclose(moved["cholesky", None][1], 1e-2 / 2**8)

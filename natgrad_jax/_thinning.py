@@ -1,0 +1,49 @@
+"""Some of the examples of a batch, for estimates that need no more."""
+
+from typing import Any
+
+import jax
+
+from natgrad_jax.jacobian import batch_size
+from natgrad_jax.jacobian import engine
+from natgrad_jax.metrics import Metric
+
+Tree = Any
+
+
+def thinned(metric: Metric, params: Tree, batch: Tree, most: int | None) -> Tree:
+    """At most `most` examples, evenly spread over the batch.
+
+    The batch itself where the metric would be another one for fewer: where the model knows the size
+    of its batch or the places in it (as with batch normalisation), or examples form several groups.
+    """
+    groups = () if metric.groups is None else metric.groups(batch)
+    if most is None or len(groups) != 1 or groups[0].size is None or groups[0].size <= most:
+        return batch
+    stride = -(-groups[0].size // most)
+    leaves, structure = jax.tree.flatten(batch)
+    few = [
+        x if axis is None else jax.lax.slice_in_dim(x, 0, None, stride, axis % x.ndim)
+        for x, axis in zip(leaves, groups[0].axes, strict=True)
+    ]
+    fewer = jax.tree.unflatten(structure, few)
+    model = engine.flatten(metric.name, metric.outputs, params, batch, groups)
+    return fewer if batch_size.is_free(model) and _accepts(metric, params, fewer) else batch
+
+
+def _accepts(metric: Metric, params: Tree, batch: Tree) -> bool:
+    """Whether what stands beside the model (weights, targets) takes this batch, too."""
+    measure = metric.distance_metric or metric.output_metric
+    if measure is None:
+        return False
+
+    def measured(params: Tree, batch: Tree) -> Tree:
+        outputs = metric.outputs(params, batch)
+        key = jax.random.key(0) if metric.distance_metric is None and metric.needs_key else None
+        return measure(outputs, batch, key).product(outputs)
+
+    try:
+        jax.eval_shape(measured, params, batch)
+    except (TypeError, ValueError):
+        return False  # weights that hold one number for each place in the batch
+    return True

@@ -64,24 +64,30 @@ def test_a_line_search_of_optax_follows_the_natural_gradient(name):
 BOUND = 0.05
 
 
-def test_spring_with_its_norm_constraint():
-    """phi_k = mu phi_{k-1} + (F + lambda I)^-1 (g - mu F phi_{k-1}); bounded."""
+@pytest.mark.parametrize("corrected", [False, True])
+def test_spring_with_its_norm_constraint(corrected):
+    """phi_k = mu phi_{k-1} + (F + lambda I)^-1 (g - mu F phi_{k-1}); bounded.
+
+    Its start corrected: phi_k / sqrt(1 - mu^2k).
+    """
     rate, damping, momentum = 0.5, 1e-3, 0.9
+    start = optax.scale_by_schedule(lambda k: (1 - momentum ** (2 * (k + 1))) ** -0.5)
     tx = optax.chain(
         ng.scale_by_natural_gradient(METRIC, damping=damping, momentum=momentum),
+        start if corrected else optax.identity(),
         optax.scale(-rate),
         optax.clip_by_global_norm(BOUND),
     )
     params, phi, state = jnp.asarray(START), np.zeros(4), tx.init(jnp.asarray(START))
     lengths = []
-    for _ in range(6):
+    for k in range(1, 7):
         g = jax.grad(loss)(params, BATCH)
         updates, state = tx.update(g, state, params, batch=BATCH)
         jacobian = np.asarray(jax.jacobian(residual)(params, BATCH))
         fisher = jacobian.T @ jacobian / len(TIMES)
         rhs = g - momentum * fisher @ phi
         phi = momentum * phi + np.linalg.solve(fisher + damping * np.eye(4), rhs)
-        expected = -rate * phi
+        expected = -rate * phi * (1 - momentum ** (2 * k)) ** (-0.5 if corrected else 0)
         expected *= min(1, BOUND / np.linalg.norm(expected))
         np.testing.assert_allclose(updates, expected, rtol=1e-7)
         params = optax.apply_updates(params, updates)

@@ -39,12 +39,41 @@ def matvec(matrix: jax.Array, vector: jax.Array) -> jax.Array:
     return jnp.dot(matrix, vector, precision=_HIGHEST)
 
 
-def eigen(matrix: jax.Array, *, definite: bool) -> Eigen:
-    """Eigendecomposition whose spectrum is cut at eps * n * (largest |eigenvalue|)."""
-    values, vectors = jnp.linalg.eigh(matrix.T, symmetrize_input=False)
+def eigen(matrix: jax.Array, *, definite: bool, looped: bool = False) -> Eigen:
+    """Eigendecomposition whose spectrum is cut at eps * n * (largest |eigenvalue|).
+
+    `looped`: whether it stands in the body of a loop.
+    """
+    values, vectors = (_looped_eigh if looped else _eigh)(matrix)
     cut = jnp.finfo(matrix.dtype).eps * matrix.shape[0] * _largest(values)
     kept = (values if definite else jnp.abs(values)) > cut
     return Eigen(jnp.where(kept, values, 0), vectors)
+
+
+def _eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    values, vectors = jnp.linalg.eigh(matrix.T, symmetrize_input=False)
+    return values, vectors
+
+
+_looped_eigh = jax.custom_batching.custom_vmap(_eigh)
+
+
+@_looped_eigh.def_vmap
+def _lanes_of_eigh(
+    axis_size: int, in_batched: list[bool], matrices: jax.Array
+) -> tuple[tuple[jax.Array, jax.Array], tuple[bool, bool]]:
+    """One by one on CPUs before JAX 0.12.
+
+    There a batch of them in the body of a loop can leave the runtime waiting for ever (jaxlib
+    0.10.2, two cores, a vmap over training loops with `cholesky`).
+    """
+    del axis_size, in_batched
+    together = jax.vmap(_eigh)
+    if jax.__version_info__ >= (0, 12):
+        return together(matrices), (True, True)
+    one_by_one = functools.partial(jax.lax.map, _looped_eigh)
+    lanes = jax.lax.platform_dependent(matrices, cpu=one_by_one, default=together)
+    return lanes, (True, True)
 
 
 def damped_inverse(values: jax.Array, damping: jax.Array) -> jax.Array:
@@ -102,7 +131,7 @@ def factorize(
     needed = (damping <= 0) | ~((sound & (smallest > floor)) | (n == 0))
 
     def run(carry: tuple[jax.Array, Eigen]) -> tuple[jax.Array, Eigen]:
-        return jnp.asarray(False), eigen(matrix, definite=definite)
+        return jnp.asarray(False), eigen(matrix, definite=definite, looped=True)
 
     # One matrix to keep: the triangular factor, or the eigenvectors that take its place.
     start = Eigen(jnp.zeros((n,), dtype), upper)

@@ -58,7 +58,7 @@ def inverse(matrix: jax.Array, damping: jax.Array, order: jax.Array) -> jax.Arra
     sound = smallest > -jnp.finfo(dtype).eps * minus_largest
 
     def by_eigen(_: jax.Array) -> jax.Array:
-        values, vectors = _symmetric.eigen(matrix, definite=True)
+        values, vectors = _symmetric.eigen(matrix, definite=True, looped=True)
         scaled = vectors * _symmetric.damped_inverse(values, damping)[None, :]
         return jnp.matmul(scaled, vectors.T, precision=_HIGHEST)
 

@@ -292,7 +292,11 @@ def mean_eigenvalues(sides: list[jax.Array]) -> jax.Array:
 def eigen(moments: jax.Array, scalar: jax.Array, order: jax.Array) -> Any:
     """Eigenvalues (B, n) and eigenvectors (B, n, n) of moments, made by `in_turns`."""
     del scalar, order
-    one = lambda m: _symmetric.eigen(m, definite=True)
+    return _eigen(moments, looped=True)
+
+
+def _eigen(moments: jax.Array, *, looped: bool) -> Any:
+    one = functools.partial(_symmetric.eigen, definite=True, looped=looped)
     if moments.shape[0] == 1:
         return jax.tree.map(lambda x: x[None], one(moments[0]))
     return jax.vmap(one)(moments)
@@ -340,8 +344,7 @@ def spectrum(
 
     `corrected`: second moments in that basis in place of products of the factors' eigenvalues.
     """
-    unused = jnp.zeros(())
-    eigens = [None if m.ndim == 2 else eigen(m, unused, unused) for m in own]
+    eigens = [None if m.ndim == 2 else _eigen(m, looped=False) for m in own]
     bases = [None if e is None else e.vectors for e in eigens]
     values = [m if e is None else e.values for m, e in zip(own, eigens, strict=True)]
     if block.kind == "rows":

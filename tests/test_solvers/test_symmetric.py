@@ -1,5 +1,9 @@
 """The symmetric solve beneath the dense solvers: Cholesky, and its fallback inside jit."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,9 +112,9 @@ def test_lanes_of_which_one_needs_the_eigendecomposition():
 def test_the_eigendecomposition_runs_only_where_some_lane_needs_it(monkeypatch):
     runs, eigen = [], _symmetric.eigen
 
-    def counted(matrix, *, definite):
+    def counted(matrix, **settings):
         jax.debug.callback(lambda: runs.append(None))
-        return eigen(matrix, definite=definite)
+        return eigen(matrix, **settings)
 
     monkeypatch.setattr(_symmetric, "eigen", counted)
     # New functions: those compiled above know nothing of the counter.
@@ -198,3 +202,45 @@ def test_solve_in_range_is_the_pseudo_inverse_on_the_range():
     expected = np.linalg.pinv(matrix, rcond=1e-12, hermitian=True) @ b
     np.testing.assert_allclose(solve(matrix, b), expected, atol=1e-7 * np.linalg.norm(expected))
     np.testing.assert_array_equal(solve(matrix, np.zeros(12)), 0)
+
+
+def test_nested_lanes_in_a_loop_are_decomposed_each_for_itself():
+    matrices = of_rank(12, number=6).reshape(2, 3, 12, 12)
+
+    def decomposed(matrix):
+        start = _symmetric.Eigen(jnp.zeros(12), jnp.zeros((12, 12)))
+        run = lambda carry: (False, _symmetric.eigen(matrix, definite=True, looped=True))
+        return jax.lax.while_loop(lambda carry: carry[0], run, (True, start))[1]
+
+    values, vectors = jax.jit(jax.vmap(jax.vmap(decomposed)))(matrices)
+    np.testing.assert_allclose(values, np.linalg.eigvalsh(matrices), rtol=1e-9)
+    np.testing.assert_allclose(matrices @ vectors, vectors * values[..., None, :], atol=1e-9)
+
+
+#: Ten training loops at once with a solver whose fallback never runs.
+LANES_IN_A_LOOP = """
+import jax, jax.numpy as jnp, natgrad_jax as ng, optax
+
+model = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]
+tx = ng.natural_gradient(0.1, ng.exact_fisher(model, ng.Categorical()), solver=ng.cholesky())
+
+def train(key):
+    params = {"w": jax.random.normal(key, (4, 16)), "v": jnp.zeros((16, 2))}
+    x = jax.random.normal(key, (500, 4))
+    loss = lambda p: jnp.mean((model(p, x)[:, 0] - x[:, 0]) ** 2)
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params), state, params, batch=x)
+        return (optax.apply_updates(params, updates), state), None
+    return jax.lax.scan(step, (params, tx.init(params)), length=50)[0]
+
+jax.block_until_ready(jax.jit(jax.vmap(train))(jax.random.split(jax.random.key(0), 10)))
+"""
+
+
+def test_lanes_of_a_loop_with_a_fallback_come_to_an_end():
+    """With a batch of eigendecompositions in that loop jaxlib 0.10.2 waits for ever."""
+    # The flags of these tests hide it.
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "-c", LANES_IN_A_LOOP]
+    subprocess.run(command, check=True, timeout=120, env=environment)

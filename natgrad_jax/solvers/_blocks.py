@@ -1,6 +1,5 @@
 """What the Kronecker-factored solvers share: blocks at `init`, averages, checks."""
 
-import functools
 import numbers
 from typing import Any, NamedTuple
 
@@ -26,7 +25,8 @@ class Average(NamedTuple):
 
     Attributes:
       moments: for each block, one array for each of its sides.
-      weight: what the weights of the average sum to, 0 before the first step.
+      weight: what the weights of the average sum to, 0 before the first step; NaN where a batch
+        left something in the moments that is not finite: the average then starts anew.
     """
 
     moments: tuple[Moments, ...]
@@ -94,8 +94,10 @@ def renewed(
         found[:] = [kronecker]
         new = _kronecker.moments(kronecker, weight_sharing)
         _check_same_blocks(here.name, old, new)
-        moments = jax.tree.map(functools.partial(mixed, decay), old.moments, tuple(new))
-        return Average(moments, mixed(decay, old.weight, jnp.ones_like(old.weight)))
+        moments, weight = mixed(decay, old.moments, tuple(new), old.weight)
+        sides = [m for own in moments for m in own]
+        # What is not finite in a second moment is so on its diagonal, too.
+        return Average(moments, spoiled(weight, _kronecker.mean_eigenvalues(sides)))
 
     if every == 1:
         return found[0], step(old)
@@ -115,9 +117,17 @@ def _check_same_blocks(name: str, old: Average, new: list[Moments]) -> None:
         )
 
 
-def mixed(decay: float, old: jax.Array, new: jax.Array) -> jax.Array:
-    """One step of an exponential average."""
-    return decay * old + (1 - decay) * new
+def mixed(decay: float, old: Tree, new: Tree, weight: jax.Array) -> tuple[Tree, jax.Array]:
+    """One step of an exponential average, and what its weights sum to; NaN is forgotten."""
+    held = jnp.isfinite(weight)
+    mix = lambda a, b: jnp.where(held, decay * a, 0) + (1 - decay) * b
+    return jax.tree.map(mix, old, new), mix(weight, jnp.ones_like(weight))
+
+
+def spoiled(weight: jax.Array, sums: Tree) -> jax.Array:
+    """The weight of an average, NaN where one of these sums over it is not finite."""
+    sound = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums)]
+    return jnp.where(jnp.all(jnp.asarray(sound)), weight, jnp.nan)
 
 
 def outside(here: Curvature, g: Tree, damping: jax.Array) -> Tree:

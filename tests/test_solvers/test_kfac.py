@@ -121,6 +121,33 @@ def test_nothing_is_decomposed_outside_the_loop_over_what_is_due(solver, x64):
     assert loops.count('custom_call_target="lapack_dsyevd') == (4 if solver.name == "ekfac" else 1)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    ("solver", "anew"),
+    [
+        (ng.kfac(BATCHES[0], inverses_every=2), 3),
+        (ng.kfac(BATCHES[0], inverses_every=1, decay=0, factors_every=2), 4),
+        (ng.ekfac(BATCHES[0], basis_every=2), 3),
+    ],
+    ids=["kfac", "without_decay", "ekfac"],
+)
+def test_a_batch_that_is_not_finite_is_forgotten(solver, anew, bad, x64):
+    """Later averages are those of a start at the next batch."""
+    tx = ng.scale_by_natural_gradient(METRIC, solver=solver, damping=0.1)
+    step, finite = jax.jit(tx.update), []
+    spoiled = BATCHES.copy()
+    spoiled[2, 0, 0] = bad
+    states = tx.init(PARAMS), tx.init(PARAMS)
+    for i in range(8):
+        d, state = step(GRADS, states[0], PARAMS, batch=spoiled[i])
+        finite.append(all(np.all(np.isfinite(x)) for x in jax.tree.leaves(d)))
+        fresh = step(GRADS, states[1], PARAMS, batch=BATCHES[i])[1] if i >= anew else states[1]
+        states = state, fresh
+        assert np.isfinite(state.solver.average.weight) or i in range(2, anew)
+    assert all(finite[:2]) and all(finite[6:])
+    assert same(states[0].solver.average, states[1].solver.average)
+
+
 def test_factors_rest_between_their_steps(x64):
     states = [state for _, state in run(ng.kfac(BATCHES[0], factors_every=2), 4)]
     assert same(states[0].average, states[1].average)

@@ -44,7 +44,10 @@ def check_count(caller: str, name: str, value: Any) -> None:
     """Raises unless `value` is None or a positive int."""
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if value is not None and not (whole and value >= 1):
-        raise ValueError(f"{caller}: {name} must be None or a positive int, got {value!r}")
+        raise ValueError(
+            f"{caller}: {name} must be None or a positive int, got {value!r}; under"
+            f" inject_hyperparams name it in static_args"
+        )
 
 
 def check_params(caller: str, params: Tree) -> None:

@@ -3,6 +3,8 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from natgrad_jax.jacobian import batch_size
 from natgrad_jax.jacobian import engine
@@ -12,18 +14,23 @@ Tree = Any
 
 
 def thinned(metric: Metric, params: Tree, batch: Tree, most: int | None) -> Tree:
-    """At most `most` examples, evenly spread over the batch.
+    """`most` examples of the batch, the same places every time.
 
-    The batch itself where the metric would be another one for fewer: where the model knows the size
-    of its batch or the places in it (as with batch normalisation), or examples form several groups.
+    Places are drawn once and for all: evenly spaced ones could fall in step with a batch that has a
+    period (augmented copies, tokens of a sequence). The batch itself where the metric would be
+    another one for fewer: where rows have weights, the model knows the size of its batch or the
+    places in it (as with batch normalisation), or examples form several groups.
     """
     groups = () if metric.groups is None else metric.groups(batch)
-    if most is None or len(groups) != 1 or groups[0].size is None or groups[0].size <= most:
+    if most is None or metric.weighted or len(groups) != 1:
         return batch
-    stride = -(-groups[0].size // most)
+    size = groups[0].size
+    if size is None or size <= most:
+        return batch
+    places = np.sort(np.random.default_rng(0).permutation(size)[:most])
     leaves, structure = jax.tree.flatten(batch)
     few = [
-        x if axis is None else jax.lax.slice_in_dim(x, 0, None, stride, axis % x.ndim)
+        x if axis is None else jnp.take(x, places, axis=axis, unique_indices=True)
         for x, axis in zip(leaves, groups[0].axes, strict=True)
     ]
     fewer = jax.tree.unflatten(structure, few)
@@ -32,7 +39,7 @@ def thinned(metric: Metric, params: Tree, batch: Tree, most: int | None) -> Tree
 
 
 def _accepts(metric: Metric, params: Tree, batch: Tree) -> bool:
-    """Whether what stands beside the model (weights, targets) takes this batch, too."""
+    """Whether what stands beside the model (scales of a likelihood) takes this batch, too."""
     measure = metric.distance_metric or metric.output_metric
     if measure is None:
         return False
@@ -45,5 +52,5 @@ def _accepts(metric: Metric, params: Tree, batch: Tree) -> bool:
     try:
         jax.eval_shape(measured, params, batch)
     except (TypeError, ValueError):
-        return False  # weights that hold one number for each place in the batch
+        return False  # numbers for each place in the batch
     return True

@@ -45,6 +45,7 @@ class Metric(NamedTuple):
       independent: True where the user vouches that output row n depends on example n alone; None
         where that is read off the model.
       divergence: (outputs p, outputs q, batch) -> mean KL[p || q]; None without a likelihood.
+      weighted: whether rows have weights of their own.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Metric(NamedTuple):
     definite: bool = True
     independent: bool | None = None
     divergence: Callable[[Tree, Tree, Tree], jax.Array] | None = None
+    weighted: bool = False
 
 
 def exact_fisher(
@@ -125,7 +127,8 @@ def exact_fisher(
     name, groups = "exact_fisher", _groups("exact_fisher", batch_axes)
     exact = _exact(name, likelihood, weights, groups)
     kl = _mean_kl.divergence(name, likelihood, weights, groups)
-    return Metric(name, model, exact, exact, groups, independent=independent, divergence=kl)
+    made = Metric(name, model, exact, exact, groups, independent=independent, divergence=kl)
+    return made._replace(weighted=weights is not None)
 
 
 def sampled_fisher(
@@ -200,7 +203,7 @@ def sampled_fisher(
     exact = _exact(name, likelihood, weights, groups)
     kl = _mean_kl.divergence(name, likelihood, weights, groups)
     made = Metric(name, model, output_metric, exact, groups, needs_key=True, divergence=kl)
-    return made._replace(independent=independent)
+    return made._replace(independent=independent, weighted=weights is not None)
 
 
 def empirical_fisher(
@@ -271,7 +274,8 @@ def empirical_fisher(
 
         return plain._replace(product=product, removed=jnp.sqrt(weight))
 
-    return Metric(name, log_prob, output_metric, output_metric, groups, independent=independent)
+    made = Metric(name, log_prob, output_metric, output_metric, groups, independent=independent)
+    return made._replace(weighted=weights is not None)
 
 
 def gauss_newton(
@@ -319,7 +323,8 @@ def gauss_newton(
         row_weights = examples.row_weights(name, weights, batch, outputs, groups(batch))
         return output_metrics.row_metric(outputs, row_weights)
 
-    return Metric(name, residual, output_metric, output_metric, groups, independent=independent)
+    made = Metric(name, residual, output_metric, output_metric, groups, independent=independent)
+    return made._replace(weighted=weights is not None)
 
 
 def hessian(loss: Callable[[Tree, Tree], jax.Array]) -> Metric:

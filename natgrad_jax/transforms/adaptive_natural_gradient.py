@@ -59,7 +59,7 @@ def adaptive_natural_gradient(
         is exact, lets the damping fall until the approximation is of no use.
       max_damping: the largest damping.
       reject: whether steps that make the objective worse are replaced by zero.
-      model_examples: of how many examples the quadratic model is made, at most, as in
+      model_examples: of how many examples the quadratic model is made, as ``examples`` of
         :func:`scale_by_quadratic_model`. None for all with a solver that is exact, and for 256 with
         one that approximates F (:func:`kfac`, :func:`ekfac`, :func:`diagonal`,
         :func:`block_diagonal`): its direction is off by more than such a sample.

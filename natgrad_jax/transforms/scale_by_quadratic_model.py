@@ -66,9 +66,10 @@ def scale_by_quadratic_model(
       metric: the metric F.
       damping: :math:`\lambda`, a number or a schedule. ``update`` also takes ``damping=``, which
         goes before: :func:`levenberg_marquardt` drives it.
-      examples: of how many examples F is taken, at most, evenly spread over the batch; None for
-        all. Models that depend on the size of their batch (batch normalisation in training mode)
-        and weights that fit this batch alone keep all.
+      examples: of how many examples of the batch F is taken, in places drawn once and for all;
+        None for all. All are kept by metrics with weights, by :func:`hessian`, by residuals in
+        several groups and by models that depend on the size of their batch (batch normalisation in
+        training mode).
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with ``update(direction, state, params, *, batch,
@@ -78,7 +79,8 @@ def scale_by_quadratic_model(
 
     Raises:
       TypeError: ``metric`` is no metric; ``grad`` is missing in `update`.
-      ValueError: ``examples`` is no positive int (under ``inject_hyperparams`` it is static).
+      ValueError: ``examples`` is no positive int. Under ``inject_hyperparams`` name it in
+        ``static_args``.
 
     Examples:
       On a quadratic objective, direction and momentum of any length make conjugate gradients: two

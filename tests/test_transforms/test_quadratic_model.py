@@ -170,14 +170,24 @@ def quadratic_step(metric, batch, **settings):
     return ravel(tx.update(d, tx.init(PARAMS), PARAMS, batch=batch, grad=d)[0])
 
 
-def test_the_model_of_some_examples_takes_every_so_many_of_the_batch():
-    every_third = jax.tree.map(lambda x: x[::3], BATCH)
-    expected = quadratic_step(EXACT, every_third)
-    for most in (3, 4):
-        np.testing.assert_allclose(quadratic_step(EXACT, BATCH, examples=most), expected)
+@pytest.mark.parametrize("most", [3, 8])
+def test_the_model_of_some_examples_is_that_of_a_batch_of_so_many(most):
+    places = np.sort(np.random.default_rng(0).permutation(9)[:most])
+    expected = quadratic_step(EXACT, jax.tree.map(lambda x: x[places], BATCH))
+    np.testing.assert_allclose(quadratic_step(EXACT, BATCH, examples=most), expected)
     whole = quadratic_step(EXACT, BATCH)
     np.testing.assert_allclose(quadratic_step(EXACT, BATCH, examples=9), whole)
     assert np.abs(expected - whole).max() > 1e-3 * np.abs(whole).max()
+
+
+def test_a_part_of_a_batch_does_not_fall_in_step_with_its_period():
+    """Every second example has large inputs. The control: every second one alone."""
+    size = np.tile([[10.0], [0.1]], (64, 1))
+    batch = size * RNG.normal(size=(128, 3)), np.zeros(128, int)
+    whole, part = (quadratic_step(EXACT, batch, examples=n) for n in (None, 64))
+    np.testing.assert_allclose(part, whole, rtol=0.3)
+    every_second = quadratic_step(EXACT, jax.tree.map(lambda x: x[1::2], batch))
+    assert not np.allclose(every_second, whole, rtol=0.3)
 
 
 def centered_logits(params, batch):
@@ -193,7 +203,8 @@ def with_offsets(params, batch):
 BOUND_TO_THEIR_BATCH = {
     "mixing": ng.exact_fisher(centered_logits, ng.Categorical()),
     "places": ng.exact_fisher(with_offsets, ng.Categorical()),
-    "weights": ng.exact_fisher(logits, ng.Categorical(), weights=lambda b: np.linspace(1, 2, 9)),
+    "weights": ng.exact_fisher(logits, ng.Categorical(), weights=lambda b: b[1] + 1.0),
+    "scales": ng.exact_fisher(logits, ng.Normal(np.linspace(1, 2, 9)[:, None])),
     "loss": HESSIAN,
 }
 

@@ -60,7 +60,9 @@ def blocks_at_init(
         found[:] = kronecker.blocks
         return jnp.zeros(())
 
-    shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jax.dtypes.canonicalize_dtype(x.dtype))
+    typed = lambda x: jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)  # keys
+    dtype = lambda x: x.dtype if typed(x) else jax.dtypes.canonicalize_dtype(x.dtype)
+    shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), dtype(x))
     full = jax.tree.map(shape, example_params) if masked else None
     jax.eval_shape(read, jax.tree.map(shape, params), full, jax.tree.map(shape, example_batch))
     return found, _trees.work_dtype(params)

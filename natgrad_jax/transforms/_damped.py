@@ -16,8 +16,11 @@ Tree = Any
 #: Ratios above the first lower the damping, those below the second raise it.
 GOOD, POOR = 0.75, 0.25
 
-#: States of transformations that read the keyword `damping`.
-_READERS = (ScaleByNaturalGradientState, ScaleByQuadraticModelState)
+#: States of transformations that read a keyword.
+_READERS = {
+    "damping": (ScaleByNaturalGradientState, ScaleByQuadraticModelState),
+    "geodesic_acceleration": (ScaleByNaturalGradientState,),
+}
 
 
 class Settings(NamedTuple):
@@ -46,8 +49,11 @@ def settings(
         _boundary.check_number(name, label, number)
     if isinstance(factor, int | float) and not factor > 1:
         raise ValueError(f"{name}: factor must be above 1, got {factor}")
-    if isinstance(every, int) and every < 1:
-        raise ValueError(f"{name}: every must be at least 1, got {every}")
+    if isinstance(every, int | float) and (every < 1 or every != int(every)):
+        raise ValueError(f"{name}: every must be a positive int, got {every}")
+    known = all(isinstance(x, int | float) for x in (lowest, largest))
+    if known and lowest > largest:
+        raise ValueError(f"{name}: min_damping {lowest} is above max_damping {largest}")
     return Settings(initial, factor, every, lowest, largest, reject)
 
 
@@ -67,23 +73,28 @@ def adapted(
     factor = jnp.asarray(settings.factor).astype(dtype)
     falls = (ratio > GOOD) & ~just_rejected
     change = jnp.where((ratio < POOR) | rejected, factor, jnp.where(falls, 1 / factor, 1))
+    return within(settings, jnp.where(due, damping * change, damping))
+
+
+def within(settings: Settings, damping: jax.Array) -> jax.Array:
+    """The damping between its bounds."""
+    dtype = damping.dtype
     lowest = 10 * jnp.finfo(dtype).eps if settings.lowest is None else settings.lowest
-    bounds = (jnp.asarray(x).astype(dtype) for x in (lowest, settings.largest))
-    return jnp.clip(jnp.where(due, damping * change, damping), *bounds)
+    return jnp.clip(damping, *(jnp.asarray(x).astype(dtype) for x in (lowest, settings.largest)))
 
 
-def check_reads_damping(
-    name: str, inner: optax.GradientTransformation, state: Any, params: Tree
+def check_reads(
+    name: str, inner: optax.GradientTransformation, state: Any, params: Tree, keyword: str
 ) -> None:
-    """Raises unless something in a transformation takes the keyword `damping`.
+    """Raises unless something in a transformation takes a keyword.
 
     Told by the states inside, or by the signature of an `update` of the user's own.
     """
-    if "damping" in inspect.signature(inner.update).parameters or not jax.tree.leaves(params):
+    if keyword in inspect.signature(inner.update).parameters or not jax.tree.leaves(params):
         return
-    reader = lambda x: isinstance(x, _READERS)
+    reader = lambda x: isinstance(x, _READERS[keyword])
     if not any(map(reader, jax.tree.leaves(state, is_leaf=reader))):
         raise ValueError(
-            f"{name}: nothing inside `inner` reads `damping`; it must hold natural_gradient,"
-            " scale_by_natural_gradient or another transformation whose update takes damping="
+            f"{name}: nothing inside `inner` reads `{keyword}`; it must hold natural_gradient,"
+            f" scale_by_natural_gradient or another transformation whose update takes {keyword}="
         )

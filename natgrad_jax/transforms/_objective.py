@@ -20,7 +20,8 @@ def bind(caller: str, value_fn: Callable[..., Any] | None) -> Objective:
     """(params, batch, full_params) -> the objective, a scalar in at least float32.
 
     `value_fn` gets the batch by name if its signature has `batch`, else as second argument if it
-    has one without default, else parameters alone. Hidden parameters are filled in.
+    has one without default (or takes any number), else parameters alone. Hidden parameters are
+    filled in.
 
     Raises:
       TypeError: `value_fn` is missing or no function.
@@ -42,6 +43,11 @@ def bind(caller: str, value_fn: Callable[..., Any] | None) -> Objective:
 
 def as_value(caller: str, value: Any) -> jax.Array:
     """A value of the objective in at least float32."""
+    if not (hasattr(value, "dtype") or isinstance(value, int | float)):
+        raise TypeError(
+            f"{caller}: the objective (value_fn) must return one real scalar, without auxiliary"
+            f" output, got {type(value).__name__}"
+        )
     if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         raise ValueError(
             f"{caller}: the objective must be a real scalar, got {jnp.result_type(value)} of shape"
@@ -60,6 +66,8 @@ def _with_batch(value_fn: Callable[..., Any]) -> Callable[[Tree, Tree], Any]:
     if "batch" in parameters:
         return lambda params, batch: value_fn(params, batch=batch)
     positional = [p for p in parameters.values() if p.kind in _POSITIONAL]
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters.values()):
+        return value_fn
     if len(positional) > 1 and positional[1].default is inspect.Parameter.empty:
         return value_fn
     return alone

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from natgrad_jax import _acceleration
 from natgrad_jax import _boundary
 from natgrad_jax import _sharding
 from natgrad_jax import _trees
@@ -95,19 +96,20 @@ def levenberg_marquardt(
       max_damping: the largest damping.
       reject: whether to reject; with False only the damping reacts.
       geodesic_acceleration: for :func:`gauss_newton` metrics, adds half the second-order correction
-        :math:`-(F + \lambda I)^{-1} J^T r''_{uu}` to the step of :func:`scale_by_natural_gradient`
-        (rate 1), one jvp of a jvp and one more solve with the same factorisation, where it is at
-        most 0.75 of the step.
+        :math:`a = -(F + \lambda I)^{-1} J^T r''_{uu}` to the step of
+        :func:`scale_by_natural_gradient` (rate 1) where ||a|| is at most 0.75 of the step's length,
+        by one jvp of a jvp and one more solve with the same factorisation.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with ``update(grads, state, params, *, batch,
       value_fn, value=None, grad=None)``; ``value_fn`` is the objective, a function of (params,
-      batch) or of params alone. Every keyword reaches ``inner``, and ``damping`` with them. The
-      state is a :class:`LevenbergMarquardtState`.
+      batch) or of params alone. Every keyword reaches ``inner``, and ``damping``, which is this
+      transformation's own, with them. The state is a :class:`LevenbergMarquardtState`.
 
     Raises:
       TypeError: ``inner`` or ``metric`` is no such thing; ``value_fn`` is missing in `update`.
-      ValueError: a number is out of range; nothing inside ``inner`` reads ``damping`` (at `init`).
+      ValueError: a number is out of range; nothing inside ``inner`` reads ``damping``, or
+        ``geodesic_acceleration`` where that is wanted (at `init`).
 
     Examples:
       Rosenbrock's valley as least squares, from the usual start, without a rate:
@@ -146,6 +148,8 @@ def levenberg_marquardt(
     settings = _damped.settings(
         name, initial_damping, factor, every, min_damping, max_damping, reject
     )
+    if geodesic_acceleration:
+        _acceleration.check(name, metric)
     keywords = {"geodesic_acceleration": True} if geodesic_acceleration else {}
     return controlled(name, inner, metric, settings, keywords=keywords)
 
@@ -168,7 +172,8 @@ def controlled(
 
     def init_fn(params: Tree) -> LevenbergMarquardtState:
         state = inner.init(params)
-        _damped.check_reads_damping(name, inner, state, params)
+        for keyword in ("damping", *keywords):
+            _damped.check_reads(name, inner, state, params, keyword)
         return _sharding.place_beside(_start(settings, state, params), params)
 
     def update_fn(
@@ -215,6 +220,7 @@ def _start(settings: _damped.Settings, inner: Any, params: Tree) -> LevenbergMar
     zero = lambda: jnp.zeros((), jnp.float32)
     rejected = lambda: jnp.zeros((), jnp.bool_)
     damping = jnp.asarray(settings.initial).astype(_trees.work_dtype(params))
+    damping = _damped.within(settings, damping)
     info = LevenbergMarquardtInfo(zero(), zero(), zero(), zero(), rejected())
     return LevenbergMarquardtState(jnp.zeros((), jnp.int32), damping, rejected(), inner, info)
 

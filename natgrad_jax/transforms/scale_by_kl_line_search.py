@@ -104,6 +104,9 @@ def scale_by_kl_line_search(
       >>> float(make(model=model, likelihood=ng.Normal(), max_kl=0.1).init(p).hyperparams["max_kl"])
       0.10000000149011612
 
+    Notes:
+      Wrap the step in `jax.jit`: called eagerly, the search is compiled anew at every call.
+
     References:
       Schulman, Levine, Moritz, Jordan and Abbeel, 2015, Trust region policy optimization.
     """

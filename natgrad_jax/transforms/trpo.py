@@ -86,7 +86,10 @@ def trpo(
 
     Notes:
       The length of a step does not depend on the size of the gradient: where that is noise, so is
-      a whole step. A gradient of exactly zero gives a step of exactly zero, not accepted.
+      a whole step. A gradient of exactly zero gives a step of exactly zero, not accepted. Wrap the
+      step in `jax.jit`: called eagerly, the line search is compiled anew at every call. Under
+      `optax.inject_hyperparams` name ``static_args=("model",)``, which it would take for a
+      schedule.
 
     References:
       Schulman, Levine, Moritz, Jordan and Abbeel, 2015, Trust region policy optimization.

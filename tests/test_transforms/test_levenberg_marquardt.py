@@ -273,8 +273,35 @@ def once_at(start, damping, **extra):
 
 def test_acceleration_needs_residuals():
     metric = ng.exact_fisher(lambda p, batch: p[None], ng.Normal())
-    tx = ng.levenberg_marquardt(
-        ng.natural_gradient(1.0, metric), metric, geodesic_acceleration=True
-    )
-    with pytest.raises(ValueError, match="geodesic acceleration needs residuals"):
-        tx.update(START, tx.init(START), START, batch=None, value_fn=lambda p: p.sum())
+    with pytest.raises(ValueError, match="levenberg_marquardt: geodesic acceleration needs resid"):
+        ng.levenberg_marquardt(ng.natural_gradient(1.0, metric), metric, geodesic_acceleration=True)
+
+
+def test_geodesic_acceleration_needs_a_solve_inside():
+    inner = optax.chain(ng.scale_by_quadratic_model(METRIC), optax.scale(-1.0))
+    with pytest.raises(ValueError, match="nothing inside `inner` reads `geodesic_acceleration`"):
+        ng.levenberg_marquardt(inner, METRIC, geodesic_acceleration=True).init(START)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"min_damping": 1.0, "max_damping": 0.1}, "min_damping 1.0 is above max_damping 0.1"),
+        ({"every": 1.5}, "every must be a positive int, got 1.5"),
+        ({"every": 0}, "every must be a positive int, got 0"),
+        ({"factor": 1.0}, "factor must be above 1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(settings, words):
+    for make in (
+        lambda: ng.levenberg_marquardt(ng.natural_gradient(1.0, METRIC), METRIC, **settings),
+        lambda: ng.adaptive_natural_gradient(METRIC, **settings),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make()
+
+
+def test_the_first_damping_is_within_its_bounds():
+    inner = ng.natural_gradient(1.0, METRIC)
+    tx = ng.levenberg_marquardt(inner, METRIC, initial_damping=10.0, max_damping=1.0)
+    assert tx.init(START).damping == 1.0

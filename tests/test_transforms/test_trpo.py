@@ -195,6 +195,7 @@ def test_a_metric_stands_for_model_and_likelihood():
     [
         (lambda params, batch: batch["states"].sum() + params["b"].sum(), True),
         (lambda params, other: other["states"].sum() + params["b"].sum(), True),
+        (lambda *both: both[1]["states"].sum() + both[0]["b"].sum(), True),
         (lambda params, scale=1.0: scale * params["b"].sum(), True),
         (lambda params, *, batch=None: params["b"].sum() if batch is not None else np.nan, True),
         (lambda: 0.0, False),
@@ -221,3 +222,5 @@ def test_a_missing_objective_is_named():
             )
     with pytest.raises(ValueError, match="real scalar"):
         problem.update(tx, problem.gradient(), value_fn=lambda p: p["b"])
+    with pytest.raises(TypeError, match="without auxiliary output, got tuple"):
+        problem.update(tx, problem.gradient(), value_fn=lambda p: (p["b"].sum(), None))

@@ -59,12 +59,12 @@ def kfac(
     the cotangent of what leaves it (g), the damping :math:`\lambda` and
     :math:`\pi_l^2 = (\mathrm{tr} A_l / \dim A_l) / (\mathrm{tr} B_l / \dim B_l)`.
 
-    Every linear use that the reader finds is a block with its bias: dense, convolutional, looked
-    up, stacked in a scan (one pair of factors for each layer). Parameters without linear use
-    (elementwise scales and shifts, other nonlinear uses) get their exact block up to 256 entries,
-    their exact diagonal beyond. Where examples mix (batch
-    normalisation in training mode) the factors come from one backward pass of all rows at once, as
-    is usual; `explain(..., solver=...)` tells which block every parameter is in.
+    Every linear use that the reader finds is a block, with the bias that is added to its result:
+    dense, convolutional, looked up, stacked in a scan (one pair of factors for each layer).
+    Parameters without linear use (elementwise scales and shifts, other nonlinear uses) get
+    their exact block up to 256 entries, their exact diagonal beyond. Where examples mix (batch
+    normalisation in training mode) the factors come from one backward pass of all rows at once,
+    as is usual; `explain(..., solver=...)` tells which block every parameter is in.
 
     Args:
       example_batch: a batch as `update` will see, of any size. Only shapes and dtypes are read.

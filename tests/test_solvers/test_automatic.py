@@ -53,9 +53,9 @@ def damped_inverse(rows, damping):
     return np.linalg.inv(rows.T @ rows + damping * np.eye(rows.shape[1]))
 
 
-def with_singular_values(values, columns=7):
-    left = scipy.linalg.qr(RNG.normal(size=(len(values), len(values))))[0]
-    right = scipy.linalg.qr(RNG.normal(size=(columns, columns)))[0][: len(values)]
+def with_singular_values(values, columns=7, random=RNG):
+    left = scipy.linalg.qr(random.normal(size=(len(values), len(values))))[0]
+    right = scipy.linalg.qr(random.normal(size=(columns, columns)))[0][: len(values)]
     return (left * values) @ right
 
 
@@ -237,13 +237,18 @@ def test_exact_solves_report_a_residual_of_rounding(solver):
 @pytest.mark.parametrize("name", ["cholesky", "woodbury", "spectral"])
 @pytest.mark.parametrize("damping", [1e-2, 1e-4, 1e-6])
 def test_residuals_in_float32_are_honest(name, damping):
-    rows = with_singular_values([1.0, 0.3, 0.1, 0.01]).astype(np.float32)
-    g = GRADIENT.astype(np.float32)
-    d, info = solve(ALL[name], rows, g, damping)
-    actual = actual_residual(rows.astype(float), d.astype(float), g.astype(float), damping)
-    # A residual that large is told within a factor; below the rounding of float32 it says nothing.
-    assert float(info.relative_residual) < 10 * actual + 1e-5
-    assert actual < 10 * float(info.relative_residual) + 1e-5
+    """Both are rounding here: told within a factor of ten, nine times in ten, never far off."""
+    random, told = np.random.default_rng(17), []
+    for _ in range(50):
+        rows = with_singular_values([1.0, 0.3, 0.1, 0.01], random=random).astype(np.float32)
+        g = GRADIENT.astype(np.float32)
+        d, info = solve(ALL[name], rows, g, damping)
+        actual = actual_residual(rows.astype(float), d.astype(float), g.astype(float), damping)
+        told.append((float(info.relative_residual), actual))
+    told, actual = np.asarray(told).T
+    # Below the rounding of float32 a residual says nothing.
+    within = lambda factor: (told < factor * actual + 1e-5) & (actual < factor * told + 1e-5)
+    assert np.mean(within(10)) >= 0.9 and np.all(within(100))
 
 
 @pytest.mark.parametrize("name", ["diagonal", "block_diagonal"])

@@ -25,8 +25,7 @@ class Average(NamedTuple):
 
     Attributes:
       moments: for each block, one array for each of its sides.
-      weight: what the weights of the average sum to, 0 before the first step; NaN where a batch
-        left something in the moments that is not finite: the average then starts anew.
+      weight: what the weights of the average sum to, 0 before the first step.
     """
 
     moments: tuple[Moments, ...]
@@ -96,10 +95,9 @@ def renewed(
         found[:] = [kronecker]
         new = _kronecker.moments(kronecker, weight_sharing)
         _check_same_blocks(here.name, old, new)
-        moments, weight = mixed(decay, old.moments, tuple(new), old.weight)
-        sides = [m for own in moments for m in own]
         # What is not finite in a second moment is so on its diagonal, too.
-        return Average(moments, spoiled(weight, _kronecker.mean_eigenvalues(sides)))
+        sums = _kronecker.mean_eigenvalues([m for own in new for m in own])
+        return Average(*mixed(decay, old, tuple(new), sums))
 
     if every == 1:
         return found[0], step(old)
@@ -119,17 +117,19 @@ def _check_same_blocks(name: str, old: Average, new: list[Moments]) -> None:
         )
 
 
-def mixed(decay: float, old: Tree, new: Tree, weight: jax.Array) -> tuple[Tree, jax.Array]:
-    """One step of an exponential average, and what its weights sum to; NaN is forgotten."""
-    held = jnp.isfinite(weight)
-    mix = lambda a, b: jnp.where(held, decay * a, 0) + (1 - decay) * b
-    return jax.tree.map(mix, old, new), mix(weight, jnp.ones_like(weight))
+def mixed(decay: float, old: Any, new: Tree, sums: Tree) -> tuple[Tree, jax.Array]:
+    """One step of an exponential average, (average, what its weights sum to).
 
-
-def spoiled(weight: jax.Array, sums: Tree) -> jax.Array:
-    """The weight of an average, NaN where one of these sums over it is not finite."""
-    sound = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums)]
-    return jnp.where(jnp.all(jnp.asarray(sound)), weight, jnp.nan)
+    Args:
+      decay: of the average.
+      old: (average, what its weights sum to).
+      new: what is added; nothing where one of `sums` is not finite, or averages would never be.
+      sums: over `new`.
+    """
+    sound = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums)]))
+    mix = lambda a, b: jnp.where(sound, decay * a + (1 - decay) * b, a)
+    average, weight = old
+    return jax.tree.map(mix, average, new), mix(weight, jnp.ones_like(weight))
 
 
 def outside(here: Curvature, g: Tree, damping: jax.Array) -> Tree:

@@ -30,8 +30,7 @@ class EKFACState(NamedTuple):
       average: the factors, averaged over steps.
       bases: for each block and side that has a matrix its eigenvectors (B, n, n).
       squares: for each block the second moments in its basis (B, p, q), averaged over steps.
-      weight: what the weights of that average sum to, 0 before the first step, NaN where it is
-        not finite and starts anew.
+      weight: what the weights of that average sum to, 0 before the first step.
     """
 
     count: jax.Array  # type: ignore[assignment]  # a field, not tuple.count
@@ -124,8 +123,8 @@ def ekfac(
         bases = _renewed(state, average, basis_every)
         of_block = _by_block(average, bases)
         new = _squares(kronecker, of_block)
-        squares, weight = _blocks.mixed(decay, state.squares, tuple(new), state.weight)
-        weight = _blocks.spoiled(weight, [jnp.sum(s) for s in squares])
+        old = state.squares, state.weight
+        squares, weight = _blocks.mixed(decay, old, tuple(new), [jnp.sum(s) for s in new])
 
         def solve(g: Tree, state: EKFACState) -> tuple[Tree, EKFACState, Report]:
             parts = []

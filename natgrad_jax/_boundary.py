@@ -40,13 +40,14 @@ def check_number(caller: str, name: str, value: Any, *, schedule: bool = False) 
         raise ValueError(f"{caller}: {name} must not be negative, got {value}")
 
 
-def check_count(caller: str, name: str, value: Any) -> None:
-    """Raises unless `value` is None or a positive int."""
+def check_count(caller: str, name: str, value: Any, *, optional: bool = False) -> None:
+    """Raises unless `value` is a positive int, or None where that is allowed."""
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if value is not None and not (whole and value >= 1):
+    if not (whole and value >= 1) and not (optional and value is None):
+        wanted = "None or a positive int" if optional else "a positive int"
         raise ValueError(
-            f"{caller}: {name} must be None or a positive int, got {value!r}; under"
-            f" inject_hyperparams name it in static_args"
+            f"{caller}: {name} must be {wanted}, got {value!r}; under inject_hyperparams name it"
+            " in static_args"
         )
 
 

@@ -1,6 +1,5 @@
 """What the Kronecker-factored solvers share: blocks at `init`, averages, checks."""
 
-import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -126,7 +125,7 @@ def mixed(decay: float, old: Any, new: Tree, sums: Tree) -> tuple[Tree, jax.Arra
       new: what is added; nothing where one of `sums` is not finite, or averages would never be.
       sums: over `new`.
     """
-    sound = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums)]))
+    sound = jnp.all(jnp.asarray([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums)]))
     mix = lambda a, b: jnp.where(sound, decay * a + (1 - decay) * b, a)
     average, weight = old
     return jax.tree.map(mix, average, new), mix(weight, jnp.ones_like(weight))
@@ -136,12 +135,6 @@ def outside(here: Curvature, g: Tree, damping: jax.Array) -> Tree:
     """What parameters get that no output depends on: g / damping, 0 for damping 0."""
     gain = jnp.where(damping > 0, 1 / jnp.where(damping > 0, damping, 1), 0)
     return _trees.scale(g, gain)
-
-
-def check_period(caller: str, name: str, value: Any) -> None:
-    """Raises unless a period is a positive int."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{caller}: {name} must be a positive int, got {value!r}")
 
 
 def check_choice(caller: str, name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -273,6 +273,8 @@ def empty(block: Block) -> Moments:
 
 def mean_eigenvalues(sides: list[jax.Array]) -> jax.Array:
     """The mean eigenvalue of each moment (B, n, n) or diagonal (B, n): (sides, largest B)."""
+    if not sides:
+        return jnp.zeros((0, 1))
     copies = max(x.shape[0] for x in sides)
 
     def line(x: jax.Array) -> jax.Array:

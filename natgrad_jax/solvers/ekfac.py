@@ -102,8 +102,8 @@ def ekfac(
     _boundary.check_batch(f"{name}: example_batch", example_batch)
     _blocks.check_choice(name, "weight_sharing", weight_sharing, ("expand", "reduce"))
     _blocks.check_decay(name, decay)
-    _blocks.check_period(name, "factors_every", factors_every)
-    _blocks.check_period(name, "basis_every", basis_every)
+    _boundary.check_count(name, "factors_every", factors_every)
+    _boundary.check_count(name, "basis_every", basis_every)
 
     def init(metric: Metric, params: Tree) -> Any:
         found = _blocks.blocks_at_init(name, metric, params, example_batch, example_params)

@@ -119,8 +119,8 @@ def kfac(
     _blocks.check_choice(name, "weight_sharing", weight_sharing, ("expand", "reduce"))
     _blocks.check_choice(name, "damping_split", damping_split, ("factored", "exact"))
     _blocks.check_decay(name, decay)
-    _blocks.check_period(name, "factors_every", factors_every)
-    _blocks.check_period(name, "inverses_every", inverses_every)
+    _boundary.check_count(name, "factors_every", factors_every)
+    _boundary.check_count(name, "inverses_every", inverses_every)
     exact = damping_split == "exact"
 
     def init(metric: Metric, params: Tree) -> Any:
@@ -177,6 +177,8 @@ def _renewed(
     exact: bool,
 ) -> list[Any]:
     """The inverses of all sides, those of matrices in turns."""
+    if not sides:
+        return []  # no output depends on a parameter
     moments = [average.moments[b][s] for b, s in sides]
     bias = 1 / average.weight
     shares = _shares(bias * _kronecker.mean_eigenvalues(moments), sides, damping)

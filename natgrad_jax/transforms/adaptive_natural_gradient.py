@@ -106,7 +106,7 @@ def adaptive_natural_gradient(
     """
     name = "adaptive_natural_gradient"
     _boundary.check_metric(name, metric)
-    _boundary.check_count(name, "model_examples", model_examples)
+    _boundary.check_count(name, "model_examples", model_examples, optional=True)
     settings = _damped.settings(
         name, initial_damping, factor, every, min_damping, max_damping, reject
     )

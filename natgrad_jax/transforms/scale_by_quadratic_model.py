@@ -111,7 +111,7 @@ def scale_by_quadratic_model(
     name = "scale_by_quadratic_model"
     _boundary.check_metric(name, metric)
     _boundary.check_number(name, "damping", damping, schedule=True)
-    _boundary.check_count(name, "examples", examples)
+    _boundary.check_count(name, "examples", examples, optional=True)
     default_damping = damping
 
     def init_fn(params: Tree) -> ScaleByQuadraticModelState:

@@ -301,3 +301,11 @@ def test_a_donated_state_takes_nothing_with_it(solver, x64):
 def test_explain_wants_a_solver(x64):
     with pytest.raises(ValueError, match="explain: unknown solver"):
         ng.explain(METRIC, PARAMS, BATCHES[0], ng.kfac)
+
+
+@pytest.mark.parametrize("make", [ng.kfac, ng.ekfac])
+def test_parameters_that_no_output_depends_on_are_divided_by_the_damping(make, x64):
+    metric = ng.gauss_newton(lambda params, x: 2 * x)
+    tx = ng.scale_by_natural_gradient(metric, solver=make(BATCHES[0]), damping=0.1)
+    d, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, batch=BATCHES[0])
+    assert same(d, jax.tree.map(lambda g: 10 * g, GRADS))

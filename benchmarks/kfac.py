@@ -70,6 +70,8 @@ def main() -> None:
             loss, optimisers[name], params, images, extra=name != "adam"
         )
         print(f"{name}: traced in {traced:.2f} s, compiled in {compiled:.2f} s")
+        held = step.memory_analysis().temp_size_in_bytes
+        print(f"{'':24s} memory of a step {held / 2**20:.1f} MiB beside parameters and state")
         runs[name] = [step, (jax.tree.map(jnp.copy, params), state), []]
     gradient = jax.jit(jax.value_and_grad(loss)).lower(params, images).compile()
     gradients = []

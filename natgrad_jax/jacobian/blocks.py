@@ -64,7 +64,7 @@ class Block(NamedTuple):
 
 def layout(
     blocks: list[Block], joined: dict[int, Joined], params: Tree
-) -> tuple[Callable[[Tree], list[jax.Array]], Callable[[list[jax.Array], Tree], Tree]]:
+) -> tuple[Callable[[Tree], list[jax.Array]], Callable[[list[jax.Array], Tree], Tree], bool]:
     """The two maps between params-like trees and arrays (B, p, q), one a block: split and merge.
 
     Args:
@@ -73,7 +73,7 @@ def layout(
       params: pytree, for shapes.
 
     Returns:
-      (split, merge), as in :class:`Kronecker`.
+      (split, merge, covers), as in :class:`Kronecker`.
     """
     leaves, structure = jax.tree.flatten(params)
     dtype = _trees.work_dtype(params)
@@ -115,7 +115,8 @@ def layout(
                 result.append(found[i] + (1 - ones[i]) * rest)
         return jax.tree.unflatten(structure, result)
 
-    return split, merge
+    covers = all(n == leaf.size for n, leaf in zip(covered, leaves, strict=True))
+    return split, merge, covers
 
 
 def _take(block: Block, roots: dict[int, jax.Array]) -> jax.Array:

@@ -60,6 +60,7 @@ class Kronecker(NamedTuple):
       uses: of each block.
       split: params-like tree -> arrays (B, p, q), one a block.
       merge: (arrays, params-like tree) -> tree; entries in no block are those of the tree given.
+      covers: whether every entry is in a block.
       positions_apart: whether a model that mixes examples had every position counted as one.
       leaves: for each block the parameter leaves behind it.
       joined: arrays that join parameters, where blocks speak of them.
@@ -69,6 +70,7 @@ class Kronecker(NamedTuple):
     uses: list[list[Used]]
     split: Callable[[Tree], list[jax.Array]]
     merge: Callable[[list[jax.Array], Tree], Tree]
+    covers: bool
     positions_apart: bool
     leaves: list[list[int]]
     joined: dict[int, Joined]
@@ -129,7 +131,7 @@ def kronecker(
         block = Block(family.place, bias, _kind(family))
         blocks.append(block)
         uses.append(_uses(block, family, weights))
-    split, merge = layout(blocks, joined, params)
+    split, merge, covers = layout(blocks, joined, params)
     leaves = [
         [
             *leaves_behind(b.place.leaf, joined),
@@ -137,7 +139,7 @@ def kronecker(
         ]
         for b in blocks
     ]
-    return Kronecker(blocks, uses, split, merge, apart, leaves, joined)
+    return Kronecker(blocks, uses, split, merge, covers, apart, leaves, joined)
 
 
 def _numbered(made: Plan, placed: list[assemble.Placed]) -> list[_Entry]:

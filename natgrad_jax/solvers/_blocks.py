@@ -1,5 +1,7 @@
 """What the Kronecker-factored solvers share: blocks at `init`, averages, checks."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,15 +22,18 @@ Tree = Any
 
 
 class Average(NamedTuple):
-    """Exponential averages of moments; divided by `weight` they have no bias.
+    """Exponential averages of moments; divided by their weights they have no bias.
 
     Attributes:
-      moments: for each block, one array for each of its sides.
-      weight: what the weights of the average sum to, 0 before the first step.
+      moments: for each block, one array for each of its sides, or what stands above its diagonal.
+      means: of the eigenvalues of each side, (sides, largest B).
+      weights: for each side what the weights of its average sum to, 0 before the first step,
+        (sides,).
     """
 
     moments: tuple[Moments, ...]
-    weight: jax.Array
+    means: jax.Array
+    weights: jax.Array
 
 
 def blocks_at_init(
@@ -68,8 +73,10 @@ def blocks_at_init(
 
 def start(blocks: list[Block], dtype: Any) -> Average:
     """The average before the first step."""
-    zeros = tuple(tuple(x.astype(dtype) for x in _kronecker.empty(b)) for b in blocks)
-    return Average(zeros, jnp.zeros((), dtype))
+    zeros = jax.tree.map(lambda x: x.astype(dtype), tuple(map(_kronecker.empty, blocks)))
+    sides = [side for own in zeros for side in own]
+    means = jnp.zeros((len(sides), max((side.shape[0] for side in sides), default=1)), dtype)
+    return Average(zeros, means, jnp.zeros((len(sides),), dtype))
 
 
 def renewed(
@@ -94,9 +101,7 @@ def renewed(
         found[:] = [kronecker]
         new = _kronecker.moments(kronecker, weight_sharing)
         _check_same_blocks(here.name, old, new)
-        # What is not finite in a second moment is so on its diagonal, too.
-        sums = _kronecker.mean_eigenvalues([m for own in new for m in own])
-        return Average(*mixed(decay, old, tuple(new), sums))
+        return _averaged(decay, old, new)
 
     if every == 1:
         return found[0], step(old)
@@ -116,19 +121,51 @@ def _check_same_blocks(name: str, old: Average, new: list[Moments]) -> None:
         )
 
 
-def mixed(decay: float, old: Any, new: Tree, sums: Tree) -> tuple[Tree, jax.Array]:
-    """One step of an exponential average, (average, what its weights sum to).
+def _averaged(decay: float, old: Average, new: list[Moments]) -> Average:
+    """The averages with one batch more, but for moments of it that are not finite.
 
-    Args:
-      decay: of the average.
-      old: (average, what its weights sum to).
-      new: what is added; nothing where one of `sums` is not finite, or averages would never be.
-      sums: over `new`.
+    Each side goes by itself: its new moment need not be held until all are known.
     """
-    sound = jnp.all(jnp.asarray([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(sums)]))
+    # What is not finite in a second moment is so on its diagonal, too.
+    means = [[_kronecker.mean_eigenvalues(side) for side in own] for own in new]
+    sound = [[jnp.all(jnp.isfinite(mean)) for mean in own] for own in means]
+    moments = tuple(
+        tuple(map(functools.partial(mixed, decay), *sides))
+        for sides in zip(sound, old.moments, new, strict=True)
+    )
+    table = _kronecker.table([mean for own in means for mean in own], old.means)
+    kept = jnp.all(jnp.isfinite(table), axis=1)
+    return Average(
+        moments,
+        mixed(decay, kept[:, None], old.means, table),
+        mixed(decay, kept, old.weights, jnp.ones_like(old.weights)),
+    )
+
+
+def mixed(decay: float, sound: jax.Array, old: Tree, new: Tree) -> Tree:
+    """One step of an exponential average, but where what is added is not sound."""
     mix = lambda a, b: jnp.where(sound, decay * a + (1 - decay) * b, a)
-    average, weight = old
-    return jax.tree.map(mix, average, new), mix(weight, jnp.ones_like(weight))
+    return jax.tree.map(mix, old, new)
+
+
+def solved(
+    here: Curvature,
+    kronecker: Kronecker,
+    g: Tree,
+    damping: jax.Array,
+    each: Callable[[list[jax.Array]], list[jax.Array]],
+) -> tuple[Tree, jax.Array | None]:
+    """A direction that is made block by block, and its inner product with g where blocks tell it.
+
+    From the blocks: g itself need not be held until d is known.
+    """
+    parts = kronecker.split(g)
+    found = each(parts)
+    slope = None
+    if kronecker.covers:
+        terms = list(map(_kronecker.inner, parts, found))
+        slope = jnp.sum(jnp.stack(terms)) if terms else jnp.zeros((), here.dtype)
+    return kronecker.merge(found, outside(here, g, damping)), slope
 
 
 def outside(here: Curvature, g: Tree, damping: jax.Array) -> Tree:

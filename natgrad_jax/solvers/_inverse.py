@@ -59,8 +59,9 @@ def inverse(matrix: jax.Array, damping: jax.Array, order: jax.Array) -> jax.Arra
 
     def by_eigen(_: jax.Array) -> jax.Array:
         values, vectors = _symmetric.eigen(matrix, definite=True, looped=True)
-        scaled = vectors * _symmetric.damped_inverse(values, damping)[None, :]
-        return jnp.matmul(scaled, vectors.T, precision=_HIGHEST)
+        # Roots on both sides: one array of eigenvectors less to hold.
+        roots = vectors * jnp.sqrt(_symmetric.damped_inverse(values, damping))[None, :]
+        return _times(roots, roots.T)
 
     return _if(((damping <= 0) | ~sound) & (order > 0), by_eigen, found)
 
@@ -108,20 +109,20 @@ def _by_halves(
 def _eliminate(begin: jax.Array, half: int, matrix: jax.Array) -> jax.Array:
     """D - X B^T and X = B A^-1, where A^-1 stands already."""
     middle = begin + half
-    below = _corner(matrix, middle, begin, half)
-    across = _times(below, _corner(matrix, begin, begin, half))
-    rest = _corner(matrix, middle, middle, half) - _times(across, below.T)
-    return _put(_put(matrix, rest, middle, middle), across, middle, begin)
+    above = _corner(matrix, begin, middle, half)
+    across = _times(_corner(matrix, begin, begin, half), above)
+    rest = _corner(matrix, middle, middle, half) - _times(above.T, across)
+    return _put(_put(matrix, rest, middle, middle), across, begin, middle)
 
 
 def _join(begin: jax.Array, half: int, matrix: jax.Array) -> jax.Array:
     """The inverse of both halves, where A^-1, X and S stand already."""
     middle = begin + half
-    across = _corner(matrix, middle, begin, half)
-    corner = _times(_corner(matrix, middle, middle, half), across)
-    first = _corner(matrix, begin, begin, half) + _times(across.T, corner)
-    matrix = _put(_put(matrix, first, begin, begin), -corner, middle, begin)
-    return _put(matrix, -corner.T, begin, middle)
+    across = _corner(matrix, begin, middle, half)
+    corner = _times(across, _corner(matrix, middle, middle, half))
+    first = _corner(matrix, begin, begin, half) + _times(corner, across.T)
+    matrix = _put(_put(matrix, first, begin, begin), -corner, begin, middle)
+    return _put(matrix, -corner.T, middle, begin)
 
 
 def _times(x: jax.Array, y: jax.Array) -> jax.Array:

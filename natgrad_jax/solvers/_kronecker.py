@@ -7,7 +7,7 @@ or its diagonal (1, q) when it is large.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,13 @@ from natgrad_jax.jacobian.factored import Part
 from natgrad_jax.jacobian.factored import Place
 from natgrad_jax.jacobian.kronecker import Kronecker
 from natgrad_jax.jacobian.kronecker import Used
+from natgrad_jax.solvers import _upper
+from natgrad_jax.solvers._upper import Symmetric
 
 #: The largest number of entries without a linear use that get a block and not a diagonal.
 MAX_ROWS = 256
 
-#: Order from which half of a second moment is computed and half is copied.
-_LARGE = 768
-
-Moments = tuple[jax.Array, ...]
+Moments = tuple[Symmetric, ...]
 
 
 def moments(kronecker: Kronecker, weight_sharing: str) -> list[Moments]:
@@ -43,7 +42,7 @@ def _row_moment(uses: list[Used]) -> Moments:
     rows = rows_of(uses)
     if rows.shape[1] > MAX_ROWS:
         return (jnp.sum(rows**2, axis=0)[None],)
-    return (_of_rows(rows)[None],)
+    return (_upper.second_moment(rows),)
 
 
 def rows_of(uses: list[Used]) -> jax.Array:
@@ -58,22 +57,27 @@ def _pair(block: Block, uses: list[Used], weight_sharing: str) -> Moments:
     # F is a sum over uses of B_k (x) A_k, which has this form where all A_k and all B_k agree.
     if any(use.swapped for use in uses):
         pairs = [_balanced(*pair) for pair in pairs]
-    left, right = zip(*pairs, strict=True)
-    return sum(left[1:], left[0]) / len(pairs), sum(right[1:], right[0])
+    left, right = (
+        jax.tree.map(lambda *terms: functools.reduce(jnp.add, terms), *side)
+        for side in zip(*pairs, strict=True)
+    )
+    return _times(1 / len(pairs), left), right
 
 
-def _balanced(left: jax.Array, right: jax.Array) -> Moments:
+def _times(scale: jax.typing.ArrayLike, moment: Symmetric) -> Symmetric:
+    return jax.tree.map(lambda x: scale * x, moment)
+
+
+def _balanced(left: Symmetric, right: Symmetric) -> Moments:
     """The same product with equal traces: inputs and outputs of a use have different units."""
     traces = _trace(left), _trace(right)
     usable = (traces[0] > 0) & (traces[1] > 0)
     scale = jnp.where(usable, jnp.sqrt(traces[1] / jnp.where(usable, traces[0], 1)), 1)
-    return left * scale, right / scale
+    return _times(scale, left), _times(1 / scale, right)
 
 
-def _trace(moment: jax.Array) -> jax.Array:
-    if moment.ndim == 2:
-        return jnp.sum(moment)
-    return jnp.sum(jnp.diagonal(moment, axis1=1, axis2=2))
+def _trace(moment: Symmetric) -> jax.Array:
+    return jnp.sum(mean_eigenvalues(moment)) * moment.shape[1]
 
 
 def _of_use(block: Block, use: Used, weight_sharing: str) -> Moments:
@@ -112,24 +116,13 @@ def _counts(block: Block, part: Part, weights: jax.Array, *, reduce: bool) -> ja
     return jnp.zeros((b, p), weights.dtype).at[copies, index].add(values)
 
 
-def _second_moment(x: jax.Array, weights: jax.Array | None) -> jax.Array:
+def _second_moment(x: jax.Array, weights: jax.Array | None) -> Symmetric:
     """sum_nct w_n x x^T of (N, C, B, T, k): (B, k, k)."""
-    if weights is not None:
-        x = x * jnp.sqrt(weights).astype(x.dtype).reshape(-1, 1, 1, 1, 1)
+    roots = None if weights is None else jnp.sqrt(weights).astype(x.dtype).reshape(-1, 1, 1, 1, 1)
     if x.shape[2] == 1:
-        return _of_rows(factored.as_matrix(x))[None]
+        return _upper.second_moment(x, roots)
+    x = x if roots is None else x * roots
     return factored.einsum("ncbti,ncbtj->bij", x, x)
-
-
-def _of_rows(rows: jax.Array) -> jax.Array:
-    """R^T R. Of a large one the block above the diagonal is that below: a quarter of the work."""
-    order = rows.shape[1]
-    if order < _LARGE:
-        return factored.matmul(rows.T, rows)
-    one, two = rows[:, : order // 2], rows[:, order // 2 :]
-    below = factored.matmul(two.T, one)
-    first, last = factored.matmul(one.T, one), factored.matmul(two.T, two)
-    return jnp.block([[first, below.T], [below, last]])
 
 
 def squares(block: Block, uses: list[Used], left: jax.Array | None, right: jax.Array) -> jax.Array:
@@ -177,12 +170,12 @@ def slots(costs: list[int], period: int) -> list[int]:
 def in_turns(
     count: jax.Array,
     period: int,
-    sources: list[jax.Array],
+    sources: list[Symmetric],
     old: list[Any],
     make: Callable[[jax.Array, jax.Array, jax.Array], Any],
     scalars: jax.Array,
     *,
-    scale: jax.Array | None = None,
+    gains: jax.Array | None = None,
     padded: Callable[[int], int] | None = None,
 ) -> list[Any]:
     """Renews items in turns, so that each is renewed once in a period and no step renews all.
@@ -195,15 +188,15 @@ def in_turns(
       period: in steps.
       sources: what items are made of, (B, n, n) each.
       old: the items, trees of arrays (B, n) or (B, n, n).
-      make: (source (B, m, m) with zeros past n, scalar (B,), n) -> item with m in place of n.
+      make: (source (B, m, m) with zeros past n, scalar (B,), n) -> item with m in place of n. Of
+        the source only the entries on and above the diagonal count.
       scalars: of each item, (items, largest B).
-      scale: of all sources, multiplied when one is loaded.
+      gains: of each item, (items,), multiplied when it is stored.
       padded: the largest order n -> m; None for m = n.
 
     Returns:
       The items.
     """
-    scaled = lambda x: x if scale is None else scale * x
     steps = slots([x.shape[0] * x.shape[1] ** 3 for x in sources], period)
     due = (count % period == jnp.asarray(steps, jnp.int32)) | (count == 0)
     classes: dict[tuple[int, int], list[int]] = {}
@@ -218,7 +211,7 @@ def in_turns(
             [old[i] for i in items],
             make,
             scalars[np.asarray(items)],
-            scaled,
+            None if gains is None else gains[np.asarray(items)],
             padded(order) if padded else order,
         )
         for i, x in zip(items, made, strict=True):
@@ -228,24 +221,28 @@ def in_turns(
 
 def _renewed_class(
     due: jax.Array,
-    sources: list[jax.Array],
+    sources: list[Symmetric],
     old: list[Any],
     make: Callable[[jax.Array, jax.Array, jax.Array], Any],
     scalars: jax.Array,
-    scaled: Callable[[jax.Array], jax.Array],
-    order: int,
+    gains: jax.Array | None,
+    largest: int,
 ) -> list[Any]:
     count, numbers = len(sources), jnp.arange(len(sources))
 
     def next_due(k: jax.Array) -> jax.Array:
         return jnp.min(jnp.where(due & (numbers >= k), numbers, count))
 
-    def load(i: int) -> jax.Array:
-        rest = order - sources[i].shape[1]
-        return jnp.pad(scaled(sources[i]), ((0, 0), (0, rest), (0, rest)))
+    orders = jnp.asarray([source.shape[1] for source in sources])
 
-    def store(item: Any, old: Any, here: jax.Array) -> Any:
-        cut = lambda x, like: x[tuple(slice(n) for n in like.shape)]
+    def load(i: int) -> jax.Array:
+        return _upper.padded(sources[i], largest)
+
+    def store(item: Any, old: Any, here: jax.Array, gain: jax.Array | None) -> Any:
+        def cut(x: jax.Array, like: jax.Array) -> jax.Array:
+            part = x[tuple(slice(n) for n in like.shape)]
+            return part if gain is None else gain * part
+
         run = lambda carry: (jnp.asarray(False), jax.tree.map(cut, item, carry[1]))
         # Neither `switch` nor `where`: they copy or pass over all items.
         return jax.lax.while_loop(lambda carry: carry[0], run, (here, old))[1]
@@ -255,9 +252,9 @@ def _renewed_class(
         source = jax.lax.switch(k, [functools.partial(load, i) for i in range(count)])
         # An item alone in its class does not depend on k: XLA would make it outside, on every step.
         source, k = jax.lax.optimization_barrier((source, k))
-        orders = jnp.asarray([x.shape[1] for x in sources])
         item = make(source, scalars[k], orders[k])
-        return next_due(k + 1), [store(item, old, k == i) for i, old in enumerate(items)]
+        gain = None if gains is None else gains[k]
+        return next_due(k + 1), [store(item, old, k == i, gain) for i, old in enumerate(items)]
 
     # Not `cond`, which runs both branches under vmap.
     return jax.lax.while_loop(lambda c: c[0] < count, step, (next_due(jnp.asarray(0)), old))[1]
@@ -268,33 +265,34 @@ def empty(block: Block) -> Moments:
     b, p, q = block.shape
     if block.kind == "rows":
         return (jnp.zeros((1, q) if q > MAX_ROWS else (1, q, q)),)
-    return jnp.zeros((b, p) if block.kind == "look-up" else (b, p, p)), jnp.zeros((b, q, q))
+    left = jnp.zeros((b, p)) if block.kind == "look-up" else _upper.zeros(b, p)
+    return left, _upper.zeros(b, q)
 
 
-def mean_eigenvalues(sides: list[jax.Array]) -> jax.Array:
-    """The mean eigenvalue of each moment (B, n, n) or diagonal (B, n): (sides, largest B)."""
-    if not sides:
-        return jnp.zeros((0, 1))
-    copies = max(x.shape[0] for x in sides)
-
-    def line(x: jax.Array) -> jax.Array:
-        b, n = x.shape[:2]
-        # A strided slice where `jnp.diagonal` gathers, which takes a kernel for each side.
-        entries = x if x.ndim == 2 else x.reshape(b, n * n)[:, :: n + 1]
-        return entries if b == copies else jnp.pad(entries, ((0, copies - b), (0, 0)))
-
-    # One reduction for all, for the same reason.
-    sizes = np.asarray([x.shape[1] for x in sides])
-    owners = np.repeat(np.arange(len(sides)), sizes)
-    own = jnp.arange(len(sides))[:, None, None] == jnp.asarray(owners)[None, None, :]
-    totals = jnp.sum(jnp.where(own, jnp.concatenate([line(x) for x in sides], axis=1), 0), axis=2)
-    return totals / np.maximum(sizes, 1).astype(totals.dtype)[:, None]
+def is_diagonal(side: Symmetric) -> TypeGuard[jax.Array]:
+    """Whether a moment is (B, n), a diagonal."""
+    return side.ndim == 2
 
 
-def eigen(moments: jax.Array, scalar: jax.Array, order: jax.Array) -> Any:
-    """Eigenvalues (B, n) and eigenvectors (B, n, n) of moments, made by `in_turns`."""
-    del scalar, order
-    return _eigen(moments, looped=True)
+def mean_eigenvalues(side: Symmetric) -> jax.Array:
+    """Of a moment (B, n, n), or a diagonal (B, n): (B,)."""
+    entries = [side] if is_diagonal(side) else _upper.diagonal(side)
+    sums = [jnp.sum(x, axis=1) for x in entries]
+    return functools.reduce(jnp.add, sums) / max(side.shape[1], 1)
+
+
+def table(rows: list[jax.Array], like: jax.Array) -> jax.Array:
+    """Rows (B,) of many lengths, filled up with zeros: (sides, largest B)."""
+    if not rows:
+        return jnp.zeros_like(like)
+    return jnp.stack([jnp.pad(row, (0, like.shape[1] - row.shape[0])) for row in rows])
+
+
+def eigen(moments: jax.Array, scale: jax.Array, order: jax.Array) -> Any:
+    """Eigenvalues (B, n), times a scale, and eigenvectors (B, n, n): made by `in_turns`."""
+    del order
+    found = _eigen(moments, looped=True)
+    return found._replace(values=scale[: len(moments), None] * found.values)
 
 
 def _eigen(moments: jax.Array, *, looped: bool) -> Any:
@@ -322,14 +320,19 @@ def reciprocal(x: jax.Array) -> jax.Array:
 
 def turned(bases: list[jax.Array | None], x: jax.Array) -> jax.Array:
     """Q_a^T X Q_g; None for the identity."""
-    x = x if bases[0] is None else product(jnp.swapaxes(bases[0], 1, 2), x)
+    x = x if bases[0] is None else product(_transposed(bases[0]), x)
     return x if bases[1] is None else product(x, bases[1])
 
 
 def turned_back(bases: list[jax.Array | None], x: jax.Array) -> jax.Array:
     """Q_a X Q_g^T; None for the identity."""
     x = x if bases[0] is None else product(bases[0], x)
-    return x if bases[1] is None else product(x, jnp.swapaxes(bases[1], 1, 2))
+    return x if bases[1] is None else product(x, _transposed(bases[1]))
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+    """Of (B, m, n). A matrix alone is transposed as such, or XLA would copy it for `product`."""
+    return x[0].T[None] if x.shape[0] == 1 else jnp.swapaxes(x, 1, 2)
 
 
 def product(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -339,6 +342,13 @@ def product(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
+def inner(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The inner product of two arrays (B, p, q)."""
+    # Without an axis of size one, as in `product`: XLA would make x twice, once in each shape.
+    # (And so it would for `vdot`.)
+    return jnp.sum(x[0] * y[0]) if x.shape[0] == 1 else jnp.sum(x * y)
+
+
 def spectrum(
     block: Block, uses: list[Used], own: Moments, *, corrected: bool
 ) -> tuple[list[jax.Array | None], jax.Array]:
@@ -346,9 +356,12 @@ def spectrum(
 
     `corrected`: second moments in that basis in place of products of the factors' eigenvalues.
     """
-    eigens = [None if m.ndim == 2 else _eigen(m, looped=False) for m in own]
-    bases = [None if e is None else e.vectors for e in eigens]
-    values = [m if e is None else e.values for m, e in zip(own, eigens, strict=True)]
+    bases: list[jax.Array | None] = []
+    values: list[jax.Array] = []
+    for m in own:
+        found = (m, None) if is_diagonal(m) else _eigen(_upper.whole(m), looped=False)
+        values.append(found[0])
+        bases.append(found[1])
     if block.kind == "rows":
         return [None, *bases], values[0][:, None, :]
     if corrected:

@@ -1,5 +1,6 @@
 """EKFAC: second moments in the eigenbasis of K-FAC's factors."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -30,14 +31,15 @@ class EKFACState(NamedTuple):
       average: the factors, averaged over steps.
       bases: for each block and side that has a matrix its eigenvectors (B, n, n).
       squares: for each block the second moments in its basis (B, p, q), averaged over steps.
-      weight: what the weights of that average sum to, 0 before the first step.
+      weights: for each block what the weights of that average sum to, 0 before the first step,
+        (blocks,).
     """
 
     count: jax.Array  # type: ignore[assignment]  # a field, not tuple.count
     average: Average
     bases: tuple[jax.Array, ...]
     squares: tuple[jax.Array, ...]
-    weight: jax.Array
+    weights: jax.Array
 
 
 def ekfac(
@@ -111,10 +113,12 @@ def ekfac(
             return jnp.zeros(())  # a prefix of any state: optax asks with a placeholder
         blocks, dtype = found
         average = _blocks.start(*found)
-        bases = tuple(jnp.zeros_like(m) for own in average.moments for m in own if m.ndim == 3)
+        bases = tuple(
+            jnp.zeros(m.shape, dtype) for own in average.moments for m in own if m.ndim == 3
+        )
         squares = tuple(jnp.zeros(block.shape, dtype) for block in blocks)
         count = jnp.zeros((), jnp.int32)
-        return EKFACState(count, average, bases, squares, jnp.zeros((), dtype))
+        return EKFACState(count, average, bases, squares, jnp.zeros((len(blocks),), dtype))
 
     def prepare(here: Curvature, damping: jax.Array, state: EKFACState) -> tuple[Solve, EKFACState]:
         kronecker, average = _blocks.renewed(
@@ -123,26 +127,38 @@ def ekfac(
         bases = _renewed(state, average, basis_every)
         of_block = _by_block(average, bases)
         new = _squares(kronecker, of_block)
-        old = state.squares, state.weight
-        squares, weight = _blocks.mixed(decay, old, tuple(new), [jnp.sum(s) for s in new])
+        # Squares are not negative: their sum is finite only if they are.
+        sound = [jnp.isfinite(jnp.sum(s.reshape(-1))) for s in new]
+        squares = tuple(map(functools.partial(_blocks.mixed, decay), sound, state.squares, new))
+        ones = jnp.ones_like(state.weights)
+        weights = _blocks.mixed(decay, jnp.asarray(sound, bool), state.weights, ones)
 
         def solve(g: Tree, state: EKFACState) -> tuple[Tree, EKFACState, Report]:
-            parts = []
-            for x, own, s in zip(kronecker.split(g), of_block, squares, strict=True):
-                gains = _kronecker.damped_inverse(s / weight, damping)
-                parts.append(_kronecker.turned_back(own, gains * _kronecker.turned(own, x)))
-            d = kronecker.merge(parts, _blocks.outside(here, g, damping))
-            return d, state, _solver.report(eigen_taken=True)
+            bias = _kronecker.reciprocal(weights)
+            means = [b * s for b, s in zip(bias, squares, strict=True)]
+            apply = functools.partial(_apply, damping)
+            each = lambda parts: list(map(apply, parts, of_block, means))
+            d, slope = _blocks.solved(here, kronecker, g, damping, each)
+            report = _solver.report(eigen_taken=True, grad_dot_direction=slope)
+            return d, state, report
 
-        return solve, EKFACState(state.count + 1, average, tuple(bases), squares, weight)
+        return solve, EKFACState(state.count + 1, average, tuple(bases), squares, weights)
 
     return Solver(name, init, prepare, needs_rows=True, scales_entries=False, approximates=True)
+
+
+def _apply(
+    damping: jax.Array, x: jax.Array, bases: list[jax.Array | None], squares: jax.Array
+) -> jax.Array:
+    gains = _kronecker.damped_inverse(squares, damping)
+    return _kronecker.turned_back(bases, gains * _kronecker.turned(bases, x))
 
 
 def _renewed(state: EKFACState, average: Average, period: int) -> list[jax.Array]:
     """The eigenvectors of all sides that have a matrix, in turns."""
     matrices = [m for own in average.moments for m in own if m.ndim == 3]
-    unused = jnp.zeros((len(matrices), 1))
+    copies = max((m.shape[0] for m in matrices), default=1)
+    unused = jnp.ones((len(matrices), copies))
     vectors = lambda *args: _kronecker.eigen(*args).vectors
     old = list(state.bases)
     return _kronecker.in_turns(state.count, period, matrices, old, vectors, unused)

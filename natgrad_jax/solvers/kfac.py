@@ -1,5 +1,6 @@
 """K-FAC: a Kronecker product for each linear use in place of its block of the Fisher matrix."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -129,7 +130,7 @@ def kfac(
             return jnp.zeros(())  # a prefix of any state: optax asks with a placeholder
         average = _blocks.start(*found)
         # Arrays of their own: a step that donates its state must not meet one twice.
-        sides = [jnp.zeros_like(m) for own in average.moments for m in own]
+        sides = [jnp.zeros(m.shape, found[1]) for own in average.moments for m in own]
         eigen = lambda m: m if m.ndim == 2 else _symmetric.Eigen(jnp.zeros_like(m[:, 0]), m)
         inverses = tuple(map(eigen, sides)) if exact else tuple(sides)
         return KFACState(jnp.zeros((), jnp.int32), average, inverses)
@@ -145,14 +146,10 @@ def kfac(
             of_block[b].append(inverse)
 
         def solve(g: Tree, state: KFACState) -> tuple[Tree, KFACState, Report]:
-            parts = [
-                _apply_exact(block, x, own, damping) if exact else _apply(block, x, own)
-                for block, x, own in zip(
-                    kronecker.blocks, kronecker.split(g), of_block, strict=True
-                )
-            ]
-            d = kronecker.merge(parts, _blocks.outside(here, g, damping))
-            return d, state, _solver.report(eigen_taken=exact)
+            apply = functools.partial(_apply_exact, damping) if exact else _apply
+            each = lambda parts: list(map(apply, kronecker.blocks, parts, of_block))
+            d, slope = _blocks.solved(here, kronecker, g, damping, each)
+            return d, state, _solver.report(eigen_taken=exact, grad_dot_direction=slope)
 
         return solve, KFACState(state.count + 1, average, tuple(inverses))
 
@@ -163,7 +160,13 @@ def kfac(
         return state._replace(count=jnp.where(flag, 0, state.count))
 
     return Solver(
-        name, init, prepare, needs_rows=True, anew=anew, scales_entries=False, approximates=True
+        name,
+        init,
+        prepare,
+        needs_rows=True,
+        anew=anew,
+        scales_entries=False,
+        approximates=True,
     )
 
 
@@ -180,25 +183,33 @@ def _renewed(
     if not sides:
         return []  # no output depends on a parameter
     moments = [average.moments[b][s] for b, s in sides]
-    bias = 1 / average.weight
-    shares = _shares(bias * _kronecker.mean_eigenvalues(moments), sides, damping)
+    weights = average.weights
+    # 0 for what was never finite: nothing is known of it, and its inverse is 0.
+    bias = _kronecker.reciprocal(weights)
+    shares = _shares(bias[:, None] * average.means, sides, damping)
     fresh = list(state.inverses)
     matrices = [i for i, m in enumerate(moments) if m.ndim == 3]
     for i, moment in enumerate(moments):
-        if moment.ndim == 2:
+        if _kronecker.is_diagonal(moment):
             own = shares[i][: len(moment), None]
-            fresh[i] = bias * moment if exact else _kronecker.reciprocal(bias * moment + own)
-    make, padded = (_kronecker.eigen, None) if exact else (_inverses, _inverse.padded)
-    made = _kronecker.in_turns(
+            now = bias[i] * moment
+            fresh[i] = now if exact else _kronecker.reciprocal(now + own)
+    places = np.asarray(matrices, int)
+    turns = functools.partial(
+        _kronecker.in_turns,
         state.count,
         period,
         [moments[i] for i in matrices],
         [fresh[i] for i in matrices],
-        make,
-        shares[np.asarray(matrices, int)],
-        scale=bias,
-        padded=padded,
     )
+    if exact:
+        scales = jnp.broadcast_to(bias[:, None], shares.shape)
+        made = turns(_kronecker.eigen, scales[places])
+    else:
+        # (M / w + d)^-1 = w (M + w d)^-1: averages are loaded as they are.
+        damped = weights[:, None] * shares
+        padded = _inverse.padded
+        made = turns(_inverses, damped[places], gains=weights[places], padded=padded)
     for i, x in zip(matrices, made, strict=True):
         fresh[i] = x
     return fresh
@@ -230,7 +241,7 @@ def _apply(block: Block, x: jax.Array, inverses: list[jax.Array]) -> jax.Array:
     return x * right[:, None, :] if right.ndim == 2 else _kronecker.product(x, right)
 
 
-def _apply_exact(block: Block, x: jax.Array, sides: list[Any], damping: jax.Array) -> jax.Array:
+def _apply_exact(damping: jax.Array, block: Block, x: jax.Array, sides: list[Any]) -> jax.Array:
     values = [s if isinstance(s, jax.Array) else s.values for s in sides]
     bases = [None if isinstance(s, jax.Array) else s.vectors for s in sides]
     product = values[-1][:, None, :]

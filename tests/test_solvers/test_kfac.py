@@ -70,7 +70,7 @@ def test_factors_are_averages_corrected_for_their_start(make, x64):
         own = weights[2 - i :]
         parts = [w * input_moment(BATCHES[k]) for k, w in enumerate(own)]
         average = states[i].average
-        found = average.moments[0][0][0] / average.weight
+        found = average.moments[0][0][0] / average.weights[0]
         np.testing.assert_allclose(found, sum(parts) / own.sum(), rtol=1e-12)
 
 
@@ -132,16 +132,39 @@ def test_nothing_is_decomposed_outside_the_loop_over_what_is_due(solver, x64):
     ],
     ids=["kfac", "without_decay", "exact", "ekfac"],
 )
-def test_a_batch_that_is_not_finite_leaves_the_averages_as_they_were(solver, resting, bad, x64):
+def test_a_moment_that_is_not_finite_leaves_its_average_as_it_was(solver, resting, bad, x64):
+    """Infinity enters the first layer alone, for tanh(inf) = 1; NaN goes everywhere."""
     tx = ng.scale_by_natural_gradient(METRIC, solver=solver, damping=0.1)
     step, state = jax.jit(tx.update), tx.init(PARAMS)
+    first = lambda average: (average.moments[0][0], average.means[0], average.weights[0])
     for i in range(6):
         batch = BATCHES[i].copy()
         batch[0, 0] = bad if i == 2 else batch[0, 0]
         before = state.solver
         d, state = step(GRADS, state, PARAMS, batch=batch)
-        assert same(before.average, state.solver.average) is (i in resting)
+        assert same(first(before.average), first(state.solver.average)) is (i in resting)
+        if np.isnan(bad) or i != 2:
+            assert same(before.average, state.solver.average) is (i in resting)
         assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((d, state)))
+
+
+@pytest.mark.parametrize("split", ["factored", "exact"])
+def test_a_first_batch_that_is_not_finite_leaves_nothing_behind(split, x64):
+    """Directions are finite, and after a period those of a run without it."""
+    period = 3
+    solver = ng.kfac(BATCHES[0], inverses_every=period, damping_split=split, decay=0)
+    tx = ng.scale_by_natural_gradient(METRIC, solver=solver, damping=0.1)
+    step, bad = jax.jit(tx.update), np.full_like(BATCHES[0], np.nan)
+    runs = []
+    for first in (bad, BATCHES[0]):
+        state, directions = tx.init(PARAMS), []
+        for batch in (first, *[BATCHES[1]] * period):
+            d, state = step(GRADS, state, PARAMS, batch=batch)
+            directions.append(d)
+        runs.append(directions)
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((directions, state)))
+    assert not same(runs[0][1], runs[1][1])
+    assert same(runs[0][-1], runs[1][-1])
 
 
 def test_factors_rest_between_their_steps(x64):
@@ -276,7 +299,9 @@ def test_without_example_params_a_placeholder_gives_a_prefix_of_the_state(x64):
 def test_the_state_holds_factors_and_inverses_and_nothing_more(x64):
     state = ng.scale_by_natural_gradient(METRIC, solver=ng.kfac(BATCHES[0])).init(PARAMS).solver
     orders = [4, 5, 6, 2]
-    assert sum(x.size for x in jax.tree.leaves(state)) == 2 * sum(n * n for n in orders) + 2
+    # With a mean eigenvalue and a weight for each, and the count.
+    held = 2 * sum(n * n for n in orders) + 2 * len(orders) + 1
+    assert sum(x.size for x in jax.tree.leaves(state)) == held
 
 
 def test_an_empty_batch_is_named(x64):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from natgrad_jax.jacobian import factored
 
 #: The least order that is cut in two; more cuts cost as much in copies and compile time.
-_LARGE = 384
+_LARGE = 768
 
 
 class Upper(NamedTuple):

@@ -9,7 +9,7 @@ import natgrad_jax as ng
 from natgrad_jax.solvers import _upper
 
 RNG = np.random.default_rng(0)
-ORDERS = [1, 2, 383, 384, 385, 801]
+ORDERS = [1, 2, 767, 768, 801]
 
 
 def rows(order):
@@ -46,7 +46,7 @@ def test_large_ones_take_three_quarters_of_the_memory():
 
 
 @pytest.mark.parametrize("solver", [ng.kfac, ng.ekfac])
-@pytest.mark.parametrize("width", [40, 400])
+@pytest.mark.parametrize("width", [40, 801])
 def test_a_layer_of_any_width_is_solved_with(solver, width):
     """One linear layer with Gaussian outputs, B = I: (B (x) A + damping)^-1 g = g (A + damping)^-1.
 

@@ -42,6 +42,8 @@ def matvec(matrix: jax.Array, vector: jax.Array) -> jax.Array:
 def eigen(matrix: jax.Array, *, definite: bool, looped: bool = False) -> Eigen:
     """Eigendecomposition whose spectrum is cut at eps * n * (largest |eigenvalue|).
 
+    Of the matrix the entries on and above the diagonal are read.
+
     `looped`: whether it stands in the body of a loop.
     """
     values, vectors = (_looped_eigh if looped else _eigh)(matrix)

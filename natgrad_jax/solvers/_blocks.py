@@ -25,7 +25,7 @@ class Average(NamedTuple):
     """Exponential averages of moments; divided by their weights they have no bias.
 
     Attributes:
-      moments: for each block, one array for each of its sides, or what stands above its diagonal.
+      moments: for each block and side an array, or block rows on and above the diagonal.
       means: of the eigenvalues of each side, (sides, largest B).
       weights: for each side what the weights of its average sum to, 0 before the first step,
         (sides,).
@@ -140,6 +140,15 @@ def _averaged(decay: float, old: Average, new: list[Moments]) -> Average:
         mixed(decay, kept[:, None], old.means, table),
         mixed(decay, kept, old.weights, jnp.ones_like(old.weights)),
     )
+
+
+def known(average: Average) -> list[jax.Array]:
+    """For each block whether any batch has told of all its sides."""
+    first, result = 0, []
+    for own in average.moments:
+        result.append(jnp.all(average.weights[first : first + len(own)] > 0))
+        first += len(own)
+    return result
 
 
 def mixed(decay: float, sound: jax.Array, old: Tree, new: Tree) -> Tree:

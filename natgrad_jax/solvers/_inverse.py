@@ -44,6 +44,7 @@ def inverse(matrix: jax.Array, damping: jax.Array, order: jax.Array) -> jax.Arra
 
     Args:
       matrix: (n, n), A in its upper left corner and zeros elsewhere; n is such as `padded` gives.
+        What stands below the diagonal does not count.
       damping: scalar.
       order: the order of A, at most n.
 
@@ -71,8 +72,8 @@ def _by_halves(
 ) -> tuple[jax.Array, jax.Array]:
     """The inverse of matrix + diag(diagonal); of its squared pivots p the least p and -p, (2,).
 
-    [[A, B^T], [B, D]]^-1 with X = B A^-1 and S = (D - X B^T)^-1 is
-    [[A^-1 + X^T S X, -X^T S], [-S X, S]]. A half that is done stands inverted in its place, and X
+    [[A, B], [B^T, D]]^-1 with X = A^-1 B and S = (D - B^T X)^-1 is
+    [[A^-1 + X S X^T, -X S], [-S X^T, S]]. A half that is done stands inverted in its place, and X
     in that of B.
     """
     n, dtype = matrix.shape[0], matrix.dtype
@@ -107,7 +108,7 @@ def _by_halves(
 
 
 def _eliminate(begin: jax.Array, half: int, matrix: jax.Array) -> jax.Array:
-    """D - X B^T and X = B A^-1, where A^-1 stands already."""
+    """D - B^T X and X = A^-1 B, where A^-1 stands already."""
     middle = begin + half
     above = _corner(matrix, begin, middle, half)
     across = _times(_corner(matrix, begin, begin, half), above)

@@ -2,7 +2,7 @@
 
 A block (B, p, q) has one moment for each side, (B, p, p) and (B, q, q); a diagonal one (B, p) where
 one-hot vectors enter. A block of plain rows has one moment, its own exact Fisher matrix (1, q, q),
-or its diagonal (1, q) when it is large.
+or its diagonal (1, q) when it is large. Large moments are kept as block rows, see `_upper`.
 """
 
 import functools
@@ -186,7 +186,7 @@ def in_turns(
     Args:
       count: steps so far; at step 0 everything is renewed.
       period: in steps.
-      sources: what items are made of, (B, n, n) each.
+      sources: what items are made of, (B, n, n) each, or their block rows.
       old: the items, trees of arrays (B, n) or (B, n, n).
       make: (source (B, m, m) with zeros past n, scalar (B,), n) -> item with m in place of n. Of
         the source only the entries on and above the diagonal count.
@@ -289,10 +289,21 @@ def table(rows: list[jax.Array], like: jax.Array) -> jax.Array:
 
 
 def eigen(moments: jax.Array, scale: jax.Array, order: jax.Array) -> Any:
-    """Eigenvalues (B, n), times a scale, and eigenvectors (B, n, n): made by `in_turns`."""
+    """Eigenvalues (B, n), times a scale, and eigenvectors (B, n, n): made by `in_turns`.
+
+    No eigenvectors where the scale is 0: then nothing is known of the moment.
+    """
     del order
+    scale = scale[: len(moments)]
     found = _eigen(moments, looped=True)
-    return found._replace(values=scale[: len(moments), None] * found.values)
+    vectors = jnp.where(scale[:, None, None] > 0, found.vectors, 0)
+    return _symmetric.Eigen(scale[:, None] * found.values, vectors)
+
+
+def eigenvectors(moments: jax.Array, scalar: jax.Array, order: jax.Array) -> jax.Array:
+    """Eigenvectors (B, n, n) alone, made by `in_turns`."""
+    del scalar, order
+    return _eigen(moments, looped=True).vectors
 
 
 def _eigen(moments: jax.Array, *, looped: bool) -> Any:

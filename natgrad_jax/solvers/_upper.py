@@ -67,7 +67,8 @@ def diagonal(matrix: Symmetric) -> list[jax.Array]:
     """In pieces, (B, k) each."""
     rows = matrix.rows if isinstance(matrix, Upper) else (matrix,)
     # A strided slice where `jnp.diagonal` gathers, which takes a kernel for each matrix.
-    return [row.reshape(row.shape[0], -1)[:, :: row.shape[2] + 1] for row in rows]
+    flat = lambda row: row.reshape(row.shape[0], row.shape[1] * row.shape[2])
+    return [flat(row)[:, :: row.shape[2] + 1] for row in rows]
 
 
 def padded(matrix: Symmetric, order: int) -> jax.Array:

@@ -137,7 +137,7 @@ def ekfac(
             bias = _kronecker.reciprocal(weights)
             means = [b * s for b, s in zip(bias, squares, strict=True)]
             apply = functools.partial(_apply, damping)
-            each = lambda parts: list(map(apply, parts, of_block, means))
+            each = lambda parts: list(map(apply, parts, of_block, means, weights > 0))
             d, slope = _blocks.solved(here, kronecker, g, damping, each)
             report = _solver.report(eigen_taken=True, grad_dot_direction=slope)
             return d, state, report
@@ -148,18 +148,21 @@ def ekfac(
 
 
 def _apply(
-    damping: jax.Array, x: jax.Array, bases: list[jax.Array | None], squares: jax.Array
+    damping: jax.Array,
+    x: jax.Array,
+    bases: list[jax.Array | None],
+    squares: jax.Array,
+    known: jax.Array,
 ) -> jax.Array:
-    gains = _kronecker.damped_inverse(squares, damping)
+    gains = jnp.where(known, _kronecker.damped_inverse(squares, damping), 0)
     return _kronecker.turned_back(bases, gains * _kronecker.turned(bases, x))
 
 
 def _renewed(state: EKFACState, average: Average, period: int) -> list[jax.Array]:
     """The eigenvectors of all sides that have a matrix, in turns."""
     matrices = [m for own in average.moments for m in own if m.ndim == 3]
-    copies = max((m.shape[0] for m in matrices), default=1)
-    unused = jnp.ones((len(matrices), copies))
-    vectors = lambda *args: _kronecker.eigen(*args).vectors
+    unused = jnp.zeros((len(matrices), 1))
+    vectors = _kronecker.eigenvectors
     old = list(state.bases)
     return _kronecker.in_turns(state.count, period, matrices, old, vectors, unused)
 

@@ -146,8 +146,12 @@ def kfac(
             of_block[b].append(inverse)
 
         def solve(g: Tree, state: KFACState) -> tuple[Tree, KFACState, Report]:
-            apply = functools.partial(_apply_exact, damping) if exact else _apply
-            each = lambda parts: list(map(apply, kronecker.blocks, parts, of_block))
+            own = _blocks.known(average)
+            apply = functools.partial(_apply_exact, damping)
+            if exact:
+                each = lambda parts: list(map(apply, kronecker.blocks, parts, of_block, own))
+            else:
+                each = lambda parts: list(map(_apply, kronecker.blocks, parts, of_block))
             d, slope = _blocks.solved(here, kronecker, g, damping, each)
             return d, state, _solver.report(eigen_taken=exact, grad_dot_direction=slope)
 
@@ -160,13 +164,7 @@ def kfac(
         return state._replace(count=jnp.where(flag, 0, state.count))
 
     return Solver(
-        name,
-        init,
-        prepare,
-        needs_rows=True,
-        anew=anew,
-        scales_entries=False,
-        approximates=True,
+        name, init, prepare, needs_rows=True, anew=anew, scales_entries=False, approximates=True
     )
 
 
@@ -184,7 +182,7 @@ def _renewed(
         return []  # no output depends on a parameter
     moments = [average.moments[b][s] for b, s in sides]
     weights = average.weights
-    # 0 for what was never finite: nothing is known of it, and its inverse is 0.
+    # 0 for what was never finite: nothing is known of it, and its inverse is to be 0.
     bias = _kronecker.reciprocal(weights)
     shares = _shares(bias[:, None] * average.means, sides, damping)
     fresh = list(state.inverses)
@@ -193,7 +191,8 @@ def _renewed(
         if _kronecker.is_diagonal(moment):
             own = shares[i][: len(moment), None]
             now = bias[i] * moment
-            fresh[i] = now if exact else _kronecker.reciprocal(now + own)
+            inverse = jnp.where(weights[i] > 0, _kronecker.reciprocal(now + own), 0)
+            fresh[i] = now if exact else inverse
     places = np.asarray(matrices, int)
     turns = functools.partial(
         _kronecker.in_turns,
@@ -241,7 +240,9 @@ def _apply(block: Block, x: jax.Array, inverses: list[jax.Array]) -> jax.Array:
     return x * right[:, None, :] if right.ndim == 2 else _kronecker.product(x, right)
 
 
-def _apply_exact(damping: jax.Array, block: Block, x: jax.Array, sides: list[Any]) -> jax.Array:
+def _apply_exact(
+    damping: jax.Array, block: Block, x: jax.Array, sides: list[Any], known: jax.Array
+) -> jax.Array:
     values = [s if isinstance(s, jax.Array) else s.values for s in sides]
     bases = [None if isinstance(s, jax.Array) else s.vectors for s in sides]
     product = values[-1][:, None, :]
@@ -249,6 +250,5 @@ def _apply_exact(damping: jax.Array, block: Block, x: jax.Array, sides: list[Any
         product = values[0][:, :, None] * product
     else:
         bases = [None, *bases]
-    return _kronecker.turned_back(
-        bases, _kronecker.reciprocal(product + damping) * _kronecker.turned(bases, x)
-    )
+    gains = jnp.where(known, _kronecker.reciprocal(product + damping), 0)
+    return _kronecker.turned_back(bases, gains * _kronecker.turned(bases, x))

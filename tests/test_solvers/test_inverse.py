@@ -41,6 +41,18 @@ def test_singular_matrices_take_the_pseudo_inverse_without_damping(order, x64):
     np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-9 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("damping", [0.1, 0.0])
+@pytest.mark.parametrize("order", [95, 600])
+def test_what_stands_below_the_diagonal_does_not_count(order, damping, x64):
+    own = padded(matrix(order, 7 if damping == 0 else 2 * order))
+    spoiled = np.triu(own) + np.tril(RNG.normal(size=own.shape), -1)
+    found = INVERSE(spoiled, jnp.asarray(damping), order)[:order, :order]
+    expected = INVERSE(own, jnp.asarray(damping), order)[:order, :order]
+    np.testing.assert_allclose(found, expected, atol=1e-9 * np.abs(expected).max())
+    above = INVERSE(spoiled.T, jnp.asarray(damping), order)[:order, :order]
+    assert not np.allclose(above, expected)
+
+
 def test_a_factor_that_rounding_spoils_is_replaced():
     """Eigenvalues that are rounding count as zero where the damping is smaller than rounding."""
     own, damping = matrix(200, 7).astype(np.float32), np.float32(1e-9)

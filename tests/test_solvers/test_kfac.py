@@ -148,23 +148,45 @@ def test_a_moment_that_is_not_finite_leaves_its_average_as_it_was(solver, restin
         assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((d, state)))
 
 
-@pytest.mark.parametrize("split", ["factored", "exact"])
-def test_a_first_batch_that_is_not_finite_leaves_nothing_behind(split, x64):
-    """Directions are finite, and after a period those of a run without it."""
-    period = 3
-    solver = ng.kfac(BATCHES[0], inverses_every=period, damping_split=split, decay=0)
-    tx = ng.scale_by_natural_gradient(METRIC, solver=solver, damping=0.1)
-    step, bad = jax.jit(tx.update), np.full_like(BATCHES[0], np.nan)
-    runs = []
-    for first in (bad, BATCHES[0]):
-        state, directions = tx.init(PARAMS), []
-        for batch in (first, *[BATCHES[1]] * period):
-            d, state = step(GRADS, state, PARAMS, batch=batch)
+@pytest.mark.parametrize(
+    ("make", "basis_of_nothing"),
+    [
+        (lambda batch: ng.kfac(batch, inverses_every=3, decay=0), False),
+        (lambda batch: ng.kfac(batch, inverses_every=3, decay=0, damping_split="exact"), False),
+        (lambda batch: ng.ekfac(batch, basis_every=3, decay=0), True),
+    ],
+    ids=["kfac", "exact", "ekfac"],
+)
+def test_of_a_first_batch_that_is_not_finite_nothing_is_left(make, basis_of_nothing, x64):
+    """The direction is 0 where nothing is known yet, and after a period that of a run without it.
+
+    A scale of 300 entries has a diagonal, the layers have matrices.
+    """
+    rng = np.random.default_rng(0)
+    params = {"scale": np.ones(300), "w": rng.normal(size=(300, 2)) / 20, "b": np.zeros(2)}
+    row = lambda v: v.reshape(1, -1)
+    model = lambda p, x: jnp.tanh((x * row(p["scale"])) @ p["w"] + row(p["b"]))
+    metric = ng.gauss_newton(model)
+    grads = jax.tree.map(np.ones_like, params)
+    good, other = rng.normal(size=(2, 5, 300))
+    bad = np.where(np.arange(300) == 0, np.nan, good)
+    tx = ng.scale_by_natural_gradient(metric, solver=make(good), damping=1e-3)
+    step, runs = jax.jit(tx.update), []
+    for first in (bad, good):
+        state, directions = tx.init(params), []
+        for batch in (first, other, other, other):
+            d, state = step(grads, state, params, batch=batch)
             directions.append(d)
         runs.append(directions)
-        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((directions, state)))
-    assert not same(runs[0][1], runs[1][1])
-    assert same(runs[0][-1], runs[1][-1])
+    after_bad, after_good = runs
+    for x in jax.tree.leaves(after_bad[0]):
+        np.testing.assert_array_equal(x, 0)
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(after_good[0]))
+    for bad_step, good_step in zip(after_bad, after_good, strict=True):
+        for x, y in zip(jax.tree.leaves(bad_step), jax.tree.leaves(good_step), strict=True):
+            # A basis of nothing is the identity, in which EKFAC goes on.
+            assert not np.any(x) or np.allclose(x, y, rtol=1e-6) or basis_of_nothing
+    assert same(after_bad[-1], after_good[-1])
 
 
 def test_factors_rest_between_their_steps(x64):
@@ -302,6 +324,25 @@ def test_the_state_holds_factors_and_inverses_and_nothing_more(x64):
     # With a mean eigenvalue and a weight for each, and the count.
     held = 2 * sum(n * n for n in orders) + 2 * len(orders) + 1
     assert sum(x.size for x in jax.tree.leaves(state)) == held
+
+
+@pytest.mark.parametrize("make", [ng.kfac, ng.ekfac])
+def test_a_scan_over_no_layers_is_no_block(make):
+    model = lambda p, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["l"])[0] @ p["o"]
+    params, x = {"l": jnp.zeros((0, 4, 4)), "o": jnp.ones((4, 2))}, jnp.ones((8, 4))
+    d, _ = ng.natural_gradient_direction(
+        ng.gauss_newton(model), params, x, params, solver=make(x), damping=0.1
+    )
+    alone, _ = ng.natural_gradient_direction(
+        ng.gauss_newton(lambda o, x: x @ o),
+        params["o"],
+        x,
+        params["o"],
+        solver=make(x),
+        damping=0.1,
+    )
+    assert d["l"].shape == (0, 4, 4)
+    np.testing.assert_allclose(d["o"], alone, rtol=1e-5)
 
 
 def test_an_empty_batch_is_named(x64):

@@ -69,12 +69,15 @@ BEFORE = float(loss(START, (INPUTS, LABELS)))
 
 @ALL
 def test_ten_thousand_steps_neither_drift_nor_end_in_nan(name):
-    params, _, values, after = run(OPTIMIZERS[name], still, 10_000, START, 1.0)
-    assert finite((params, values))
-    late, later = np.mean(values[-4000:-2000]), np.mean(values[-2000:])
+    # Between two batches a path is chaotic: where one ends is chance, the mean of eight is not.
+    nudged = lambda k: jax.tree.map(lambda p: p * np.float32(1 + 1e-5 * k), START)
+    runs = [run(OPTIMIZERS[name], still, 10_000, nudged(k), 1.0) for k in range(8)]
+    assert finite([(params, values) for params, _, values, _ in runs])
+    values = np.asarray([values for _, _, values, _ in runs])
+    late, later = np.mean(values[:, -4000:-2000]), np.mean(values[:, -2000:])
     assert later < 1.1 * late and later < 0.95 * BEFORE
     # Steps of `trpo` keep their length, so that it swings between the batches to the end.
-    assert name == "trpo" or after < 0.8 * BEFORE
+    assert name == "trpo" or np.mean([after for *_, after in runs]) < 0.8 * BEFORE
 
 
 @ALL

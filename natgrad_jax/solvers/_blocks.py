@@ -134,7 +134,7 @@ def _averaged(decay: float, old: Average, new: list[Moments]) -> Average:
         for sides in zip(sound, old.moments, new, strict=True)
     )
     table = _kronecker.table([mean for own in means for mean in own], old.means)
-    kept = jnp.all(jnp.isfinite(table), axis=1)
+    kept = jnp.asarray([x for own in sound for x in own], bool)
     return Average(
         moments,
         mixed(decay, kept[:, None], old.means, table),

@@ -38,7 +38,7 @@ Symmetric = jax.Array | Upper
 def zeros(copies: int, order: int) -> Symmetric:
     """Zeros in the form that moments of this order have."""
     cuts = _cuts(order)
-    if copies > 1 or len(cuts) == 1:
+    if copies != 1 or len(cuts) == 1:
         return jnp.zeros((copies, order, order))
     return Upper(tuple(jnp.zeros((1, end - begin, order - begin)) for begin, end in cuts))
 

@@ -146,12 +146,9 @@ def kfac(
             of_block[b].append(inverse)
 
         def solve(g: Tree, state: KFACState) -> tuple[Tree, KFACState, Report]:
-            own = _blocks.known(average)
-            apply = functools.partial(_apply_exact, damping)
-            if exact:
-                each = lambda parts: list(map(apply, kronecker.blocks, parts, of_block, own))
-            else:
-                each = lambda parts: list(map(_apply, kronecker.blocks, parts, of_block))
+            more = (_blocks.known(average),) if exact else ()
+            apply = functools.partial(_apply_exact, damping) if exact else _apply
+            each = lambda parts: list(map(apply, kronecker.blocks, parts, of_block, *more))
             d, slope = _blocks.solved(here, kronecker, g, damping, each)
             return d, state, _solver.report(eigen_taken=exact, grad_dot_direction=slope)
 

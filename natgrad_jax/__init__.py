@@ -37,6 +37,8 @@ from natgrad_jax.kronecker_approximation import (
 )
 from natgrad_jax.scores import score as score
 from natgrad_jax.scores import score_norms as score_norms
+from natgrad_jax.verification import Verification as Verification
+from natgrad_jax.verification import verify as verify
 
 # Solvers of (F + damping I) d = g
 from natgrad_jax.solvers import Solver as Solver

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax import _trees
-from natgrad_jax.curvature import linear_maps
+from natgrad_jax._linearization import bend
+from natgrad_jax._linearization import linear_maps
 from natgrad_jax.metrics import Metric
 
 Tree = Any
@@ -40,11 +41,9 @@ def accelerated(
     even, so that the signs of d and a agree.
     """
     function = lambda p: metric.outputs(p, batch)
-    tangent = _trees.cast_like(d, params)
-    along = lambda p: jax.jvp(function, (p,), (tangent,))[1]
-    _, bend = jax.jvp(along, (params,), (tangent,))
-    outputs, _, pull = linear_maps(function, params)
-    weighted = metric.output_metric(outputs, batch, None).product(bend)
+    outputs, _, pull = linear_maps(metric.name, function, params)
+    curved = bend(metric.name, function, params, d)
+    weighted = metric.output_metric(outputs, batch, None).product(curved)
     rhs = _trees.cast(pull(_trees.cast_like(weighted, outputs)), dtype)
     unit, size = _trees.normalised(rhs, dtype)
     a = _trees.scale(solve(unit), size)

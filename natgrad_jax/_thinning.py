@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from natgrad_jax.jacobian import batch_size
-from natgrad_jax.jacobian import engine
+from natgrad_jax.jacobian import dense
+from natgrad_jax.jacobian import plan
 from natgrad_jax.metrics import Metric
 
 Tree = Any
@@ -34,8 +35,10 @@ def thinned(metric: Metric, params: Tree, batch: Tree, most: int | None) -> Tree
         for x, axis in zip(leaves, groups[0].axes, strict=True)
     ]
     fewer = jax.tree.unflatten(structure, few)
-    model = engine.flatten(metric.name, metric.outputs, params, batch, groups)
-    return fewer if batch_size.is_free(model) and _accepts(metric, params, fewer) else batch
+    model = plan.flatten(metric.name, metric.outputs, params, batch, groups)
+    rows = [rows for _, rows in dense.wanted_outputs(model, 0)]
+    free = batch_size.is_free(model, rows) and _accepts(metric, params, fewer)
+    return fewer if free else batch
 
 
 def _accepts(metric: Metric, params: Tree, batch: Tree) -> bool:
@@ -51,6 +54,6 @@ def _accepts(metric: Metric, params: Tree, batch: Tree) -> bool:
 
     try:
         jax.eval_shape(measured, params, batch)
-    except (TypeError, ValueError):
-        return False  # numbers for each place in the batch
+    except Exception:  # numbers for each position in the batch, or an assertion of the model's
+        return False
     return True

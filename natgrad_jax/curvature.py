@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from natgrad_jax import _random
 from natgrad_jax import _trees
 from natgrad_jax import examples
+from natgrad_jax._linearization import linear_maps
+from natgrad_jax._linearization import push_forward
 from natgrad_jax.jacobian import Jacobian
 from natgrad_jax.jacobian import Kronecker
-from natgrad_jax.jacobian import has_forward_mode
 from natgrad_jax.jacobian import jacobian as _rows
 from natgrad_jax.jacobian import kronecker as _blocks
 from natgrad_jax.metrics import Metric
@@ -75,7 +76,7 @@ def curvature(metric: Metric, params: Tree, batch: Tree, key: jax.Array | None) 
         return metric.output_metric(outputs, batch, key)
 
     def linearize() -> Linear:
-        outputs, push, pull = linear_maps(lambda p: metric.outputs(p, batch), params)
+        outputs, push, pull = linear_maps(metric.name, lambda p: metric.outputs(p, batch), params)
         product = output_metric(outputs).product
 
         def fisher_product(v: Tree) -> Tree:
@@ -89,18 +90,17 @@ def curvature(metric: Metric, params: Tree, batch: Tree, key: jax.Array | None) 
         coefficients = lambda p: output_metric(metric.outputs(p, batch)).coefficients
         return _trees.size(jax.eval_shape(lambda p: jax.tree.map(zeros, coefficients(p)), params))
 
-    def read(reader: Callable[..., Any]) -> Any:
+    def read(reader: Callable[..., Any], **options: Any) -> Any:
         at_outputs = output_metric(metric.outputs(params, batch))
         groups = metric.groups(batch)
-        return reader(
-            metric.name, metric.outputs, params, batch, at_outputs, groups, metric.independent
-        )
+        operands = metric.name, metric.outputs, params, batch, at_outputs, groups
+        return reader(*operands, metric.independent, **options)
 
     return here._replace(
         linearize=linearize,
         num_rows=num_rows,
         jacobian=lambda: read(_rows),
-        kronecker=lambda: read(_blocks),
+        kronecker=lambda: read(_blocks, weighted=metric.weighted),
     )
 
 
@@ -179,39 +179,15 @@ def inner_products(
         return _dots(wide, [product(v) for v in wide], dtype)
     groups = metric.groups(batch)
     function = lambda p: metric.outputs(p, batch)
-    pushes = [push_forward(function, params, v) for v in wide]
-    outputs = pushes[0][0]
+    outputs, pushes = push_forward(metric.name, function, params, wide)
     examples.check_outputs(metric.name, outputs, groups)
     product = metric.distance_metric(outputs, batch, key).product
-    left = [_trees.cast(pushed, dtype) for _, pushed in pushes]
-    return _dots(left, [_trees.cast(product(pushed), dtype) for _, pushed in pushes], dtype)
+    left = [_trees.cast(pushed, dtype) for pushed in pushes]
+    return _dots(left, [_trees.cast(product(pushed), dtype) for pushed in pushes], dtype)
 
 
 def _dots(left: list[Tree], right: list[Tree], dtype: jnp.dtype) -> jax.Array:
     return jnp.stack([jnp.stack([_trees.vdot(x, y, dtype) for y in right]) for x in left])
-
-
-def linear_maps(function: Linear, params: Tree) -> tuple[Tree, Linear, Linear]:
-    """Outputs of a function, its Jacobian product v -> J v and the transposed one u -> J^T u.
-
-    Where the function has no forward mode (`jax.custom_vjp`), J v is the transpose of its vjp.
-    """
-    if not has_forward_mode(function, params):
-        outputs, pull = jax.vjp(function, params)
-        push_tuple = jax.linear_transpose(pull, outputs)
-        return outputs, lambda v: push_tuple((v,))[0], lambda u: pull(u)[0]
-    outputs, push = jax.linearize(function, params)
-    transpose = jax.linear_transpose(push, params)
-    return outputs, push, lambda u: transpose(u)[0]
-
-
-def push_forward(function: Linear, params: Tree, tangent: Tree) -> tuple[Tree, Tree]:
-    """Outputs of a function and one Jacobian product J v."""
-    tangent = _trees.cast_like(tangent, params)
-    if has_forward_mode(function, params):
-        return jax.jvp(function, (params,), (tangent,))
-    outputs, push, _ = linear_maps(function, params)
-    return outputs, push(tangent)
 
 
 def _hessian_product(metric: Metric, params: Tree, batch: Tree, dtype: jnp.dtype) -> Linear:

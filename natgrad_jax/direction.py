@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from natgrad_jax import _acceleration
 from natgrad_jax import _boundary
 from natgrad_jax import _damping_scale
+from natgrad_jax import _independence
 from natgrad_jax import _sharding
 from natgrad_jax import _trees
 from natgrad_jax.curvature import curvature
@@ -31,8 +32,11 @@ class NaturalGradientInfo(NamedTuple):
         it is rounding it is told within a factor of ten, nine times in ten. With a damping scale s
         this and `outside_row_space` are those of the system in s^(1/2) theta.
       grad_dot_direction: the inner product of the gradient and the direction.
-      outside_row_space: the share of ||d|| outside the row space of R, where the gradient was only
-        divided by the damping; -1 where it was not measured.
+      outside_row_space: the share of ||d|| outside the row space of R, where F is zero and the
+        gradient was only divided by the damping. For `cg` an upper bound, which is the share itself
+        once it has converged; for solvers that approximate F the root of the share of g^T d where
+        their own matrix is zero. -1 where it was not measured: for a Hessian (but by
+        `spectral`), and for `cg` with a preconditioner.
       eigen_taken: whether an eigendecomposition was used (damping 0, or a failed Cholesky).
       negative_curvature: whether conjugate gradients stopped at negative curvature.
       acceleration: the length of the geodesic acceleration beside that of the direction; -1
@@ -125,6 +129,7 @@ def natural_gradient_direction(
     _boundary.check_params(caller, params)
     _boundary.check_batch(caller, batch)
     _boundary.check_like_params(caller, "grads", grads, params)
+    _independence.check_claim(caller, metric, params, batch)
     damping_scale = _damping_scale.check(caller, damping_scale, solver)
     _damping_scale.check_prefix(caller, damping_scale, params)
     solver = AUTOMATIC if solver is None else solver

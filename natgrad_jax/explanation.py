@@ -10,13 +10,14 @@ from natgrad_jax import _boundary
 from natgrad_jax import _trees
 from natgrad_jax.curvature import curvature
 from natgrad_jax.jacobian import assemble
-from natgrad_jax.jacobian import engine
 from natgrad_jax.jacobian import gram
+from natgrad_jax.jacobian import parts as rows_found
+from natgrad_jax.jacobian import plan
 from natgrad_jax.jacobian.blocks import Block
 from natgrad_jax.jacobian.factored import Factor
-from natgrad_jax.jacobian.factored import Part
 from natgrad_jax.jacobian.joined import leaves_behind
 from natgrad_jax.jacobian.kronecker import Kronecker
+from natgrad_jax.jacobian.plan import Plan
 from natgrad_jax.metrics import Metric
 from natgrad_jax.solvers import Solver
 from natgrad_jax.solvers._kronecker import MAX_ROWS
@@ -32,11 +33,12 @@ class LeafReport(NamedTuple):
       shape: of the parameter.
       form: "factored", "look-up", "rows" (entered elementwise: rows are cotangents), "dense" or
         "none" (no output depends on it).
-      uses: number of linear uses found.
+      uses: number of uses found.
       positions: positions T at which one example uses it.
       reason: why it is dense; empty otherwise.
-      bytes: memory of what is held.
-      operations: multiplications of its share of the Gram matrix.
+      bytes: memory of what is held. What several parameters share (those joined into one array,
+        real and imaginary parts) counts at the first of them.
+      operations: multiplications of its share of the Gram matrix; likewise.
       block: its blocks in `kfac` or `ekfac`; empty for any other solver.
     """
 
@@ -58,8 +60,8 @@ class Explanation(NamedTuple):
       leaves: one report for each parameter, in tree order.
       rows: M, the rows of R.
       parameters: P.
-      mode: "examples": examples were shown to be independent; "vouched": the user said so;
-        "whole": rows come from the whole batch.
+      mode: "examples": examples were shown to be independent; "vouched": `independent=True` at
+        the metric claims it; "whole": rows come from the whole batch.
       reason: why the mode is "whole" although the batch holds examples; empty otherwise.
     """
 
@@ -132,8 +134,10 @@ def explain(metric: Metric, params: Tree, batch: Tree, solver: Solver | None = N
     r"""Tells how the rows of every parameter are held, and why where they are dense.
 
     A parameter that enters linearly has rows in factored form,
-    :math:`\sum_t a_{nt} \otimes g_{nt}`, from one forward and one backward pass; what does not is
-    held as M x P_l dense rows.
+    :math:`\sum_t a_{nt} \otimes g_{nt}`, from one forward pass and one backward pass for each
+    output column; of one that enters elementwise the rows are the cotangents themselves. What the
+    reader has no rule for (a branch that a parameter enters, mutable references) is held as M x P_l
+    dense rows. All of them are exact; :func:`verify` measures it.
 
     Args:
       metric: a metric that has rows.
@@ -166,47 +170,48 @@ def explain(metric: Metric, params: Tree, batch: Tree, solver: Solver | None = N
     if metric.output_metric is None or metric.outputs is None or metric.groups is None:
         raise ValueError(f"explain: the metric {metric.name} has no rows")
     groups, dtype = metric.groups(batch), _trees.work_dtype(params)
-    made: list[engine.Plan] = []
-    places: list[Factor] = []
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    found: list[Explanation] = []
 
-    def rows(params: Tree, batch: Tree) -> list[tuple[Part | None, ...]]:
+    def explained(params: Tree, batch: Tree) -> None:
         key = jax.random.key(0) if metric.needs_key else None
         outputs = metric.output_metric(metric.outputs(params, batch), batch, key)
-        model = engine.flatten(metric.name, metric.outputs, params, batch, groups)
-        made[:] = [engine.plan(model, outputs.coefficients, metric.independent)]
-        places[:] = engine.factors_of(model, made[0], outputs, dtype)
-        return [factor.parts for factor in places]
+        model = plan.flatten(metric.name, metric.outputs, params, batch, groups)
+        made = plan.plan(model, outputs.coefficients, metric.independent)
+        made, factors = rows_found.factors_of(model, made, outputs, dtype)
+        leaves = enumerate(zip(paths, model.params, strict=True))
+        reports = [_leaf(path, i, leaf.shape, factors, made) for i, (path, leaf) in leaves]
+        count = sum(group.examples * group.columns for group in made.rows)
+        size = _trees.size(params)
+        found.append(Explanation(tuple(reports), count, size, made.mode, made.reason or ""))
 
-    shapes = jax.eval_shape(rows, params, batch)
-    factors = [Factor(f.place, parts) for f, parts in zip(places, shapes, strict=True)]
-    reports = [
-        _leaf(jax.tree_util.keystr(path), i, leaf.shape, factors, made[0])
-        for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params))
-    ]
-    if solver is not None and solver.name in ("kfac", "ekfac"):
-        blocks = _blocks_of(metric, params, batch, [leaf.path for leaf in reports])
-        reports = [r._replace(block=block) for r, block in zip(reports, blocks, strict=True)]
-    count = sum(group.examples * group.columns for group in made[0].rows)
-    return Explanation(
-        tuple(reports), count, _trees.size(params), made[0].mode, made[0].reason or ""
-    )
+    jax.eval_shape(explained, params, batch)
+    if solver is None or solver.name not in ("kfac", "ekfac"):
+        return found[0]
+    blocks = _blocks_of(metric, params, batch, paths)
+    pairs = zip(found[0].leaves, blocks, strict=True)
+    return found[0]._replace(leaves=tuple(leaf._replace(block=block) for leaf, block in pairs))
 
 
 def _blocks_of(metric: Metric, params: Tree, batch: Tree, paths: list[str]) -> list[str]:
     """For each parameter the blocks that Kronecker-factored solvers put it in."""
-    found: list[Kronecker] = []
+    found: list[list[str]] = []
 
     def read(params: Tree, batch: Tree) -> None:
         key = jax.random.key(0) if metric.needs_key else None
-        found[:] = [curvature(metric, params, batch, key).kronecker()]
+        found.append(_block_texts(curvature(metric, params, batch, key).kronecker(), paths))
 
     jax.eval_shape(read, params, batch)
+    return found[0]
+
+
+def _block_texts(kronecker: Kronecker, paths: list[str]) -> list[str]:
     texts: list[list[str]] = [[] for _ in paths]
-    for block, leaves in zip(found[0].blocks, found[0].leaves, strict=True):
+    for block, leaves in zip(kronecker.blocks, kronecker.leaves, strict=True):
         for leaf in leaves:
             others = ", ".join(paths[i] for i in leaves if i != leaf)
             text = _block_text(block) + (f" with {others}" if others else "")
-            if found[0].positions_apart and block.kind != "rows":
+            if kronecker.positions_apart and block.kind != "rows":
                 text += ", one backward pass for all rows"
             if text not in texts[leaf]:
                 texts[leaf].append(text)
@@ -223,9 +228,9 @@ def _block_text(block: Block) -> str:
 
 
 def _leaf(
-    path: str, index: int, shape: tuple[int, ...], factors: list[Factor], made: engine.Plan
+    path: str, index: int, shape: tuple[int, ...], factors: list[Factor], made: Plan
 ) -> LeafReport:
-    joined = {root: j for r in made.readings if r is not None for root, j in r.joined.items()}
+    joined = {root: j for r in made.readings for root, j in r.joined.items()}
     behind = lambda factor: leaves_behind(factor.place.leaf, joined)
     everything = [factor for factor in factors if index in behind(factor)]
     # What several parameters share is put down to the first of them.
@@ -234,7 +239,6 @@ def _leaf(
     sites = [
         site
         for reading in made.readings
-        if reading is not None
         for site in reading.sites
         if index in reading.sources[site.view.root]
     ]
@@ -245,12 +249,10 @@ def _leaf(
     return LeafReport(path, shape, form, len(sites), positions, reason, held, operations)
 
 
-def _form(index: int, own: list[Factor], made: engine.Plan) -> tuple[str, str]:
+def _form(index: int, own: list[Factor], made: Plan) -> tuple[str, str]:
     if not own:
         return "none", ""
     for reading in made.readings:
-        if reading is None:
-            return "dense", "the model could not be read"
         if index in reading.opaque:
             return "dense", reading.opaque[index]
         sites = [s for s in reading.sites if index in reading.sources[s.view.root]]

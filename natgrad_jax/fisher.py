@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax import _boundary
+from natgrad_jax import _independence
 from natgrad_jax import _symmetric
 from natgrad_jax import _trees
 from natgrad_jax import curvature as _curvature
@@ -52,7 +53,7 @@ def fisher_matrix(
       [[2.0, 0.0], [0.0, 4.0]]
 
     Notes:
-      O(P^2) memory.
+      O(M P + P^2) memory for M rows; O(P^2) where the metric has none.
     """
     _check("fisher_matrix", params, batch, metric)
     return _dense(metric, params, batch, key)
@@ -88,7 +89,10 @@ def fisher_vector_product(
       True
 
     Notes:
-      About 1.7 gradients, O(P) memory. Examples may mix: J is that of the whole batch.
+      About 1.7 gradients, O(P) memory. Examples may mix: J is that of the whole batch. Where the
+      model has no forward mode (`jax.custom_vjp`, mutable references) J v is the transpose of the
+      backward pass; where that cannot be transposed either (a backward pass that iterates), it
+      takes one backward pass for each output, with a warning.
     """
     _check("fisher_vector_product", params, batch, metric)
     _boundary.check_like_params("fisher_vector_product", "tangent", tangent, params)
@@ -240,6 +244,8 @@ def _check(caller: str, params: Tree, batch: Tree, metric: Metric | None = None)
         _boundary.check_metric(caller, metric)
     _boundary.check_params(caller, params)
     _boundary.check_batch(caller, batch)
+    if metric is not None:
+        _independence.check_claim(caller, metric, params, batch)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -42,7 +42,7 @@ class Metric(NamedTuple):
       groups: batch -> groups of examples.
       needs_key: whether F is estimated from samples.
       definite: whether F is positive semi-definite by construction.
-      independent: True where the user vouches that output row n depends on example n alone; None
+      independent: True where the user claims that output row n depends on example n alone; None
         where that is read off the model.
       divergence: (outputs p, outputs q, batch) -> mean KL[p || q]; None without a likelihood.
       weighted: whether rows have weights of their own.
@@ -89,7 +89,10 @@ def exact_fisher(
       batch_axes: along which axis of each batch leaf examples lie, as ``in_axes`` of ``jax.vmap``.
       independent: whether examples are independent is read off the model. Where the reader cannot
         show it, rows come from the whole batch, exactly and expensively, with a warning; True
-        vouches for it instead: rows then are those of each example evaluated by itself.
+        claims it instead: rows then are those of each example evaluated by itself. The claim is
+        checked at the first and the last example: where a function of this package is called
+        eagerly, once for each metric and shape of batch, with a warning where it is false, and by
+        :func:`verify`; not inside `jax.jit`.
 
     Returns:
       A :class:`Metric`.
@@ -108,7 +111,7 @@ def exact_fisher(
     Notes:
       Solvers that work on rows use one row for each example *and output column*. With many output
       columns take :func:`cg`, or :func:`sampled_fisher`. :func:`explain` tells how the rows of each
-      parameter are held.
+      parameter are held, :func:`verify` whether they are right.
 
     References:
       Amari, 1998, Natural gradient works efficiently in learning; Martens, 2020, New insights and
@@ -299,7 +302,8 @@ def gauss_newton(
       weights: as for :func:`exact_fisher`; with several groups, the residual's tree of weights.
       batch_axes: as for :func:`exact_fisher`. Here mapped batch leaves may come in several sizes
         (interior and boundary points): each residual leaf then has one of these sizes.
-      independent: as for :func:`exact_fisher`.
+      independent: as for :func:`exact_fisher`, and checked likewise, at eager calls and by
+        :func:`verify`.
 
     Returns:
       A :class:`Metric`.

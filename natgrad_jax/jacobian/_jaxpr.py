@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 Tree = Any
@@ -48,8 +49,8 @@ class Loop(NamedTuple):
     reverse: bool
 
 
-#: Calls that mean nothing but their body.
-TRANSPARENT = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
+#: Effects that no result depends on.
+_HARMLESS = {"debug_callback", "debug_print"}
 #: Calls whose derivative is not that of their body.
 CUSTOM = {
     "custom_jvp_call": "call_jaxpr",
@@ -105,12 +106,109 @@ def shapes_out(equation: Any) -> list[tuple[int, ...]]:
     return [tuple(v.aval.shape) for v in equation.outvars]
 
 
-def call_body(equation: Any) -> Program | None:
-    """The body of a call that means nothing but its body; None for other equations."""
-    if name(equation) not in TRANSPARENT:
-        return None
-    key = "call_jaxpr" if "call_jaxpr" in equation.params else "jaxpr"
+def rank(atom: Any) -> int:
+    """The number of dimensions of a variable or literal."""
+    return len(atom.aval.shape)
+
+
+def call_body(equation: Any) -> Program:
+    """The body of a call that means nothing but its body."""
+    key = next((k for k in ("call_jaxpr", "call") if k in equation.params), "jaxpr")
     return program(parameter(equation, key))
+
+
+def linear_solve_parts(equation: Any) -> tuple[list[int], list[Program | None]]:
+    """Of a `custom_linear_solve` the programs of its operator, its transpose, and their solvers.
+
+    Returns:
+      For each the number of its constants, which the operands begin with, and its program.
+    """
+    lengths, jaxprs = parameter(equation, "const_lengths"), parameter(equation, "jaxprs")
+    return list(lengths), [None if x is None else program(x) for x in jaxprs]
+
+
+def is_inexact(variable: Any) -> bool:
+    """Whether a variable holds real or complex floating point numbers: it has a derivative."""
+    return jnp.issubdtype(getattr(variable.aval, "dtype", None), jnp.inexact)
+
+
+def check_readable(equation: Any) -> None:
+    """Raises UnreadableError where an equation works on mutable references.
+
+    What is written to a mutable reference is read again where no operand shows it.
+    """
+    variables = (*equation.invars, *equation.outvars)
+    reference = any(hasattr(v.aval, "inner_aval") for v in variables)
+    hidden = equation.effects and not inner_programs(equation) and name(equation) not in _HARMLESS
+    if reference or hidden:
+        raise UnreadableError(name(equation), "works on mutable references")
+
+
+def pushforward(
+    equation: Any, moving: list[int], results: list[int], operands: list[Any]
+) -> Program | None:
+    """The derivative that JAX takes of an equation, forwards: (tangents, operands) -> tangents.
+
+    Rules given by `custom_jvp` and `custom_vjp` count, not what they are rules of. Without forward
+    mode it is the transpose of the backward pass.
+
+    Args:
+      equation: the equation.
+      moving: operands that have tangents.
+      results: results whose tangents are wanted.
+      operands: arrays, or their shapes.
+
+    Returns:
+      The program, or None where the derivative has no such form.
+    """
+
+    def tangents_of(tangents: list[jax.Array], operands: list[jax.Array]) -> list[jax.Array]:
+        call, at = _function_of(equation, moving, results, operands)
+        if not name(equation).startswith("custom_vjp"):
+            return jax.jvp(call, (at,), (tangents,))[1]
+        values, pull = jax.vjp(call, at)
+        return jax.linear_transpose(pull, values)((tangents,))
+
+    return _attempt(tangents_of, [operands[i] for i in moving], operands)
+
+
+def pullback(
+    equation: Any, moving: list[int], results: list[int], operands: list[Any]
+) -> Program | None:
+    """The derivative backwards: (cotangents of results, operands) -> cotangents of operands."""
+
+    def cotangents_of(cotangents: list[jax.Array], operands: list[jax.Array]) -> list[jax.Array]:
+        return jax.vjp(*_function_of(equation, moving, results, operands))[1](cotangents)[0]
+
+    ends = [equation.outvars[i].aval for i in results]
+    return _attempt(cotangents_of, [shaped(x) for x in ends], operands)
+
+
+def _function_of(
+    equation: Any, moving: list[int], results: list[int], operands: list[jax.Array]
+) -> tuple[Callable[[list[jax.Array]], list[jax.Array]], list[jax.Array]]:
+    """An equation as a function of some operands, and these."""
+
+    def call(own: list[jax.Array]) -> list[jax.Array]:
+        full = list(operands)
+        for i, x in zip(moving, own, strict=True):
+            full[i] = x
+        values = bind(equation, *full)
+        return [values[i] for i in results]
+
+    return call, [operands[i] for i in moving]
+
+
+def shaped(x: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an array or of what stands for one."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _attempt(function: Callable[..., Tree], *args: Tree) -> Program | None:
+    try:
+        return trace(function, *args)[0]
+    except Exception:  # a derivative rule of the user's may raise anything
+        return None
 
 
 def custom_body(equation: Any) -> Program:
@@ -192,17 +290,31 @@ def inner_programs(equation: Any) -> list[Program]:
     return found
 
 
+def rounding_unit(function: Callable[..., Tree], *args: Tree) -> float:
+    """That of the coarsest floating point type among all values of a function, at any depth."""
+    return _coarsest(trace(function, *args)[0])
+
+
+def _coarsest(this: Program) -> float:
+    variables = [*this.inputs, *(v for equation in this.equations for v in equation.outvars)]
+    own = [float(jnp.finfo(v.aval.dtype).eps) for v in variables if is_inexact(v)]
+    inner = [_coarsest(body) for equation in this.equations for body in inner_programs(equation)]
+    return max([*own, *inner], default=0.0)
+
+
 def has_forward_mode(function: Callable[..., Tree], *args: Tree) -> bool:
-    """Whether a function has no `custom_vjp` at any depth.
+    """Whether a function has no `custom_vjp` and no mutable reference at any depth.
 
-    Such a function passes `jvp` and `linearize`; what they give fails only where it is compiled.
+    With these it passes `jvp` and `linearize`; what they give fails only where it is compiled, or
+    transposed.
     """
-    return not _mentions_custom_vjp(trace(function, *args)[0])
+    return not _resists(trace(function, *args)[0])
 
 
-def _mentions_custom_vjp(this: Program) -> bool:
+def _resists(this: Program) -> bool:
     return any(
         name(equation).startswith("custom_vjp")
-        or any(map(_mentions_custom_vjp, inner_programs(equation)))
+        or any(hasattr(v.aval, "inner_aval") for v in (*equation.invars, *equation.outvars))
+        or any(map(_resists, inner_programs(equation)))
         for equation in this.equations
     )

@@ -1,7 +1,7 @@
 """Gathers the uses of each parameter into factors that do not overlap."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,28 @@ from natgrad_jax.jacobian import view as views
 from natgrad_jax.jacobian.factored import Factor
 from natgrad_jax.jacobian.factored import Part
 from natgrad_jax.jacobian.factored import Place
+from natgrad_jax.jacobian.labels import Slice
+from natgrad_jax.jacobian.tape import EXAMPLES
+from natgrad_jax.jacobian.tape import PARAMETER
+from natgrad_jax.jacobian.tape import POSITIONS
 from natgrad_jax.jacobian.tape import Site
 from natgrad_jax.jacobian.view import Pieces
 
-Placed = tuple[Place, int, Part]
+
+class Placed(NamedTuple):
+    """Rows that were found at a place.
+
+    Attributes:
+      place: which entries of a root.
+      group: of the examples.
+      part: the rows.
+      site: the number of the use in the reading of its group; None for dense rows.
+    """
+
+    place: Place
+    group: int
+    part: Part
+    site: int | None = None
 
 
 def place_of(site: Site, shape: tuple[int, ...]) -> Place:
@@ -37,7 +55,7 @@ def part_of(
 ) -> Part:
     """The arrays of a site, laid out as its place says. `cotangent` has columns in front.
 
-    `apart`: every position counts as an example of its own.
+    They are complex where the use is. `apart`: every position counts as an example of its own.
     """
     use, depth = site.use, len(site.loops)
     left, right = use.left, use.right
@@ -48,20 +66,53 @@ def part_of(
     scanned = [piece for _, pieces in site.view.scanned for piece in pieces]
     b = (*scanned, *use.b)
     gathered = _loops_inside(columns, 1, site.loops)  # (C, N, B, T, q)
-    rows = _sorted(jnp.moveaxis(gathered, 0, 1).astype(dtype), use.q, 4)
+    rows = _sorted(_cast(jnp.moveaxis(gathered, 0, 1), dtype), use.q, 4)
     if left is None:
         rows = _positions_first(rows)[:, :, :, 0] if apart else jnp.sum(rows, axis=3)
         flat = rows.reshape(*rows.shape[:2], -1)
         q = (*(p for p in b if p[1]), *views.merged(_ordered(use.q)))
         return Part(None, _sorted(flat, q, 2)[:, :, None, None, :])
     inputs = left(record)
-    if not jnp.issubdtype(inputs.dtype, jnp.floating):
+    if jnp.issubdtype(inputs.dtype, jnp.integer):
         index = _loops_inside(inputs[..., None], 0, site.loops)[..., 0][:, None]
         index, rows = _sorted(index, b, 2), _sorted(rows, b, 2)
         return Part(*map(_positions_first, (index, rows))) if apart else Part(index, rows)
-    inputs = _loops_inside(inputs.astype(dtype), 0, site.loops)[:, None]
+    inputs = _loops_inside(_cast(inputs, dtype), 0, site.loops)[:, None]
     inputs, rows = _sorted(_sorted(inputs, use.p, 4), b, 2), _sorted(rows, b, 2)
     return Part(*map(_positions_first, (inputs, rows))) if apart else Part(inputs, rows)
+
+
+def _cast(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The array in a real dtype, or the complex one of the same precision."""
+    return x.astype(jnp.result_type(dtype, jnp.complex64) if jnp.iscomplexobj(x) else dtype)
+
+
+def of_all_examples(found: list[tuple[Placed, Slice | None]]) -> list[Placed]:
+    """Parts of slices of the examples, put together to parts of all where they complete another."""
+    result = [entry for entry, held in found if held is None]
+    slices: dict[Any, list[tuple[Slice, Placed]]] = {}
+    for entry, held in found:
+        if held is not None:
+            key = entry.place, jax.tree.map(lambda x: (x.shape[1:], x.dtype), entry.part)
+            slices.setdefault(str(key), []).append((held, entry))
+    for own in slices.values():
+        own.sort(key=lambda pair: pair[0].start)
+        ends = [0, *(held.stop for held, _ in own)]
+        chained = all(held.start == end for (held, _), end in zip(own, ends, strict=False))
+        if chained and ends[-1] == own[0][0].total:
+            parts = [entry.part for _, entry in own]
+            whole = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+            result.append(own[0][1]._replace(part=whole))
+        else:
+            result += [entry._replace(part=_padded(entry.part, held)) for held, entry in own]
+    return sorted(result, key=lambda entry: entry.site)
+
+
+def _padded(part: Part, held: Slice) -> Part:
+    """The part with rows of zeros for the other examples."""
+    before, after = held.start, held.total - held.stop
+    pad = lambda x: jnp.pad(x, [(before, after), *((0, 0) for _ in x.shape[1:])])
+    return jax.tree.map(pad, part)
 
 
 def _positions_first(x: jax.Array) -> jax.Array:
@@ -74,17 +125,17 @@ def _ordered(pieces: Pieces) -> Pieces:
     return tuple(sorted((p for p in pieces if p[1]), key=_slow_first))
 
 
-def _loops_inside(x: jax.Array, lead: int, loops: tuple[bool, ...]) -> jax.Array:
-    """Moves axes of scans, after `lead` others, into copies B or positions T: (..., N, B, T, x)."""
+def _loops_inside(x: jax.Array, lead: int, loops: tuple[str, ...]) -> jax.Array:
+    """Moves axes of scans, after `lead` others, to what they run over: (..., N, B, T, x)."""
     if not loops:
         return x
-    over = [lead + i for i, flag in enumerate(loops) if flag]
-    along = [lead + i for i, flag in enumerate(loops) if not flag]
     n, b, t, last = range(lead + len(loops), x.ndim)
-    moved = x.transpose(*range(lead), n, *over, b, *along, t, last)
-    copies = math.prod(x.shape[i] for i in (*over, b))
-    positions = math.prod(x.shape[i] for i in (*along, t))
-    return moved.reshape(*x.shape[:lead], x.shape[n], copies, positions, x.shape[last])
+    axes_of = lambda kind: [lead + i for i, own in enumerate(loops) if own == kind]
+    examples, over = [*axes_of(EXAMPLES), n], [*axes_of(PARAMETER), b]
+    along = [*axes_of(POSITIONS), t]
+    sizes = [math.prod(x.shape[i] for i in axes) for axes in (examples, over, along)]
+    moved = x.transpose(*range(lead), *examples, *over, *along, last)
+    return moved.reshape(*x.shape[:lead], *sizes, x.shape[last])
 
 
 def _sorted(x: jax.Array, pieces: Pieces, axis: int) -> jax.Array:
@@ -107,8 +158,8 @@ def _sorted(x: jax.Array, pieces: Pieces, axis: int) -> jax.Array:
 def factors_of(placed: list[Placed], groups: int) -> list[Factor]:
     """Joins parts of one place along positions; overlapping places of a root become rows."""
     factors: list[Factor] = []
-    for root in dict.fromkeys(place.leaf for place, _, _ in placed):
-        own = [entry for entry in placed if entry[0].leaf == root]
+    for root in dict.fromkeys(entry.place.leaf for entry in placed):
+        own = [entry for entry in placed if entry.place.leaf == root]
         factors += _of_one_root(own, groups)
     return factors
 
@@ -121,6 +172,8 @@ def aligned(place: Place, other: Place) -> bool:
 
 def apart(place: Place, other: Place) -> bool:
     """Whether two places of one leaf are known to share no entry."""
+    if not (math.prod(place.sizes) and math.prod(other.sizes)):
+        return True
     windows = [views.window(x.shape, x.offset, x.b + x.p + x.q) for x in (place, other)]
     if windows[0] is None or windows[1] is None:
         return False
@@ -145,21 +198,21 @@ def groups_of_places(places: list[Place]) -> list[list[int]] | None:
 
 
 def _of_one_root(own: list[Placed], groups: int) -> list[Factor]:
-    sets = groups_of_places([place for place, _, _ in own])
+    sets = groups_of_places([entry.place for entry in own])
     if sets is None:
-        place = own[0][0]
+        place = own[0].place
         total: list[Part | None] = [None] * groups
-        for at, group, part in own:
+        for at, group, part, _ in own:
             rows = factored.rows(at, part)[:, :, None, None, :]
             before = total[group]
             total[group] = Part(None, rows if before is None else before.right + rows)
         return [Factor(dense_place(place.leaf, place.shape), tuple(total))]
     factors = []
     for indices in sets:
-        place = own[indices[0]][0]
+        place = own[indices[0]].place
         parts: list[Part | None] = [None] * groups
         for group in range(groups):
-            same = [oriented(own[i], place) for i in indices if own[i][1] == group]
+            same = [oriented(own[i], place) for i in indices if own[i].group == group]
             parts[group] = along_positions(place, same) if same else None
         factors.append(Factor(place, tuple(parts)))
     return factors
@@ -172,7 +225,7 @@ def dense_place(leaf: int, shape: tuple[int, ...]) -> Place:
 
 def oriented(entry: Placed, target: Place) -> Part:
     """The part with left and right as in `target`."""
-    place, _, part = entry
+    place, part = entry.place, entry.part
     if (place.p, place.q) == (target.p, target.q):
         return part
     return Part(part.right, factored.explicit(part, place.sizes[1]))

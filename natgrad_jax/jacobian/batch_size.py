@@ -12,20 +12,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from natgrad_jax.jacobian import _jaxpr
-from natgrad_jax.jacobian import axis_rules
+from natgrad_jax.jacobian.primitives.registry import rule_of
 
 
-def is_free(model: Any) -> bool:
-    """Whether the model neither knows the size of its batch nor places within it."""
-    if len(model.groups) > 1:
+def is_free(model: Any, rows: list[int]) -> bool:
+    """Whether the model neither knows the size of its batch nor positions within it.
+
+    Args:
+      model: the model.
+      rows: of each output leaf the rows that an example gives.
+    """
+    if len(model.groups) > 1 or model.groups[0].size is None:
         return False
     try:
         two, three = _traced(model, 2), _traced(model, 3)
-    except (TypeError, ValueError):
-        return False  # the model accepts batches of its own size alone
+    except Exception:  # a model that accepts batches of its own size alone may raise anything
+        return False
     n = len(model.params)
     fixed = [False] * n + [axis is not None for axis in model.groups[0].axes]
-    return _alike(two, three, fixed) is not None
+    return (
+        _has_rows(two, [2 * k for k in rows])
+        and _has_rows(three, [3 * k for k in rows])
+        and _alike(two, three, fixed) is not None
+    )
+
+
+def _has_rows(program: _jaxpr.Program, rows: list[int]) -> bool:
+    """Whether outputs have so many rows: some models give all rows whatever batch they get."""
+    return [v.aval.shape[0] for v in program.outputs] == rows
 
 
 def _traced(model: Any, size: int) -> _jaxpr.Program:
@@ -74,17 +88,15 @@ def _equations_alike(first: Any, second: Any, depends: list[bool]) -> list[bool]
             return None
         if _jaxpr.is_literal(a) and not _same(a.val, b.val):
             return None
-    body = _jaxpr.call_body(first)
-    if body is not None:
-        other = _jaxpr.call_body(second)
-        assert other is not None
-        return _alike(body, other, depends)
+    inline = rule_of(first).body
+    if inline is not None:
+        return _alike(inline(first), inline(second), depends)
     for a, b in zip(_jaxpr.inner_programs(first), _jaxpr.inner_programs(second), strict=True):
         if _alike(a, b, [True] * len(a.inputs)) is None:
             return None
     result = any(depends)
     # Something with an entry for each place in the batch; the same everywhere is harmless.
-    spreads = name == "broadcast_in_dim" or name in axis_rules.ELEMENTWISE
+    spreads = name == "broadcast_in_dim" or rule_of(first).entrywise
     if not (result or spreads) and _jaxpr.shapes_out(first) != _jaxpr.shapes_out(second):
         return None
     return [result] * len(first.outvars)

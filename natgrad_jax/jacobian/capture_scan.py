@@ -7,15 +7,23 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.jacobian import _jaxpr
-from natgrad_jax.jacobian import example_axis
 from natgrad_jax.jacobian import view as views
-from natgrad_jax.jacobian.example_axis import Axis
-from natgrad_jax.jacobian.example_axis import Label
+from natgrad_jax.jacobian.labels import Axis
+from natgrad_jax.jacobian.labels import Label
+from natgrad_jax.jacobian.labels import Pass
+from natgrad_jax.jacobian.labels import join
+from natgrad_jax.jacobian.primitives import control_flow
+from natgrad_jax.jacobian.tape import EXAMPLES
+from natgrad_jax.jacobian.tape import PARAMETER
+from natgrad_jax.jacobian.tape import POSITIONS
+from natgrad_jax.jacobian.tape import Survey
 from natgrad_jax.jacobian.tape import Tape
 from natgrad_jax.jacobian.tape import Value
 from natgrad_jax.jacobian.tape import arrays_of
 from natgrad_jax.jacobian.tape import attach
+from natgrad_jax.jacobian.uses import PER_EXAMPLE
 from natgrad_jax.jacobian.uses import MisfitError
+from natgrad_jax.jacobian.view import View
 
 #: Scans whose body cannot be read as it stands are written out up to this length.
 MAX_UNROLLED = 64
@@ -29,7 +37,8 @@ def scan(equation: Any, operands: list[Value], tape: Tape, read: Read) -> list[V
     """A scan over a body that uses parameters: sites of all its passes, stacked."""
     loop = _Scan(_jaxpr.loop(equation), operands, tape, read)
     found = loop.survey()
-    if set(found.failed) - set(tape.failed) and loop.parts.length <= MAX_UNROLLED:
+    failed = set(found.failed) - set(tape.failed)
+    if failed and loop.parts.length <= MAX_UNROLLED and not loop.over_examples:
         return loop.unrolled()
     return loop.run(found)
 
@@ -47,9 +56,12 @@ class _Scan:
         outputs = parts.body.outputs
         # What a body carries unchanged is a constant.
         self.still = [parts.body.inputs[first + k] is outputs[k] for k in range(parts.num_carries)]
-        labels, _ = example_axis.scan_labels(parts, [v.label for v in operands])
+        labels, _ = control_flow.scan_labels(parts, [v.label for v in operands])
         self.constants, self.scanned = operands[:first], operands[last:]
-        self.rest = labels[first:last]
+        self.rest, self.slices = labels[first:last], labels[last:]
+        self.over_examples = control_flow.runs_over_examples([v.label for v in self.scanned])
+        # The passes of this loop, as labels name them.
+        self.depth = control_flow.depth_of([v.label for v in operands])
         self.carries = [
             v if still or v.view is None else self._entering(v, label)
             for v, still, label in zip(operands[first:last], self.still, self.rest, strict=True)
@@ -75,18 +87,22 @@ class _Scan:
             Value(moving[k], self.rest[k]) if k in moving else v for k, v in enumerate(self.carries)
         ]
         scanned = [
-            Value(
-                x,
-                example_axis.unstacked(v.label),
-                None if v.view is None else views.scanned_over(v.view, tape.depth),
-            )
-            for x, v in zip(slices, self.scanned, strict=True)
+            Value(x, label, self._scanned_view(v, tape))
+            for x, v, label in zip(slices, self.scanned, self.slices, strict=True)
         ]
         results = self.read(self.parts.body, [*self.constants, *carries, *scanned], tape)
         return [
             self._leaving(v, k, tape) if v.view is not None and not self._is_still(k) else v
             for k, v in enumerate(results)
         ]
+
+    def _scanned_view(self, value: Value, tape: Tape) -> View | None:
+        if value.view is None:
+            return None
+        if self.over_examples:
+            tape.fail(value.view, PER_EXAMPLE)
+            return None
+        return views.scanned_over(value.view, tape.depth)
 
     def _is_still(self, k: int) -> bool:
         return k < len(self.still) and self.still[k]
@@ -102,23 +118,31 @@ class _Scan:
             tape.fail(value.view, str(misfit))
             return value._replace(view=None)
 
-    def survey(self) -> Tape:
+    def survey(self) -> Survey:
         """The sites of one pass."""
-        tape = self.tape.child(None)
+        found: list[Survey] = []
+
+        def run(carried: list[jax.Array], slices: list[jax.Array]) -> list[jax.Array]:
+            tape = self.tape.child(None)
+            results = self.body(tape, carried, slices)
+            found.append(tape.summary())
+            return arrays_of(results)
+
         shapes = [jax.ShapeDtypeStruct(v.array.shape[1:], v.array.dtype) for v in self.scanned]
         start = [self.carries[k].array for k in self._moving()]
-        arrays = lambda c, x: arrays_of(self.body(tape, c, x))
-        jax.eval_shape(arrays, start, shapes)
-        return tape
+        jax.eval_shape(run, start, shapes)
+        return found[0]
 
-    def run(self, found: Tape) -> list[Value]:
+    def run(self, found: Survey) -> list[Value]:
         """Evaluates the scan, probes scanned over with everything else."""
         length, outer = self.parts.length, self.tape
         outer.failed.update({k: v for k, v in found.failed.items() if k not in outer.failed})
         for site in found.sites:
-            flag = any(depth == found.depth for depth, _ in site.view.scanned)
+            over = any(depth == outer.depth + 1 for depth, _ in site.view.scanned)
+            inside = any(isinstance(h, Pass) and h.depth == self.depth for h in site.label.held)
+            kind = PARAMETER if over else EXAMPLES if inside else POSITIONS
             shape = (length, *site.shape)
-            outer.sites.append(site._replace(shape=shape, loops=(flag, *site.loops)))
+            outer.sites.append(site._replace(shape=shape, loops=(kind, *site.loops)))
         probes = None
         if outer.probes is not None:
             probes = [next(outer.probes) for _ in found.sites]
@@ -145,7 +169,7 @@ class _Scan:
         for k, array in zip(moving, ends, strict=True):
             carried[k] = Value(array, self.rest[k])
         return carried + [
-            Value(a, example_axis.stacked(label))
+            Value(a, control_flow.stacked(label, self.depth))
             for a, label in zip(stacked, labels[len(self.still) :], strict=True)
         ]
 
@@ -167,7 +191,7 @@ class _Scan:
         for column in zip(*(rows[t] for t in order), strict=True):
             array = jnp.stack(arrays_of(list(column)))
             held = [v for v in column if v.view is not None]
-            label = example_axis.stacked(example_axis.join("scan", [v.label for v in column]))
+            label = control_flow.stacked(join("scan", [v.label for v in column]), self.depth)
             if held and label is not None:
                 for v in held:
                     self.tape.fail(v.view, "leaves a scan")
@@ -182,4 +206,5 @@ class _Scan:
             row = views.window_at(view, t)
             view = self.tape.derive([value], value.array[t]) if row is None else row
         known = None if value.known is None else value.known[t]
-        return Value(value.array[t], example_axis.unstacked(value.label), view, known)
+        label = control_flow.unstacked(value.label, self.depth, self.parts.length)
+        return Value(value.array[t], label, view, known)

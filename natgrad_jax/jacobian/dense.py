@@ -63,13 +63,26 @@ def column_rows(
 
     values, pull = jax.vjp(outputs, [params[i] for i in wanted])
     cast = [c.astype(v.dtype) for c, v in zip(cotangents, values, strict=True)]
+    (rows,) = pulled_columns(pull, cast, sum(params[i].size for i in wanted))
+    return [x.reshape(1, x.shape[0], math.prod(x.shape[1:])) for x in rows]
+
+
+def pulled_columns(pull: Any, cotangents: list[jax.Array], scalars: int) -> Any:
+    """Pulls columns of cotangents (C, L, ...) back, as many at a time as memory allows.
+
+    Args:
+      pull: the transpose of a Jacobian.
+      cotangents: columns in front.
+      scalars: that one column takes.
+    """
     count = cotangents[0].shape[0]
-    chunk = max(1, factored.CHUNK // max(sum(params[i].size for i in wanted), 1))
-    if chunk >= count:
-        (rows,) = jax.vmap(pull)(cast)
-    else:
-        (rows,) = jax.lax.map(pull, cast, batch_size=chunk)
-    return [x.reshape(1, count, math.prod(x.shape[1:])) for x in rows]
+    chunk = max(1, factored.CHUNK // max(scalars, 1))
+    try:
+        if chunk >= count:
+            return jax.vmap(pull)(cotangents)
+        return jax.lax.map(pull, cotangents, batch_size=chunk)
+    except Exception:  # a derivative rule of the user's that has no rule for batches
+        return jax.lax.map(pull, cotangents)
 
 
 def example_rows(
@@ -84,8 +97,11 @@ def example_rows(
       wanted: which parameter leaves.
       cotangents: of the group's outputs, (C, k N, ...).
     """
-    if batch_size.is_free(model):
-        return _one_by_one(model, groups, number, wanted, cotangents)
+    if batch_size.is_free(model, [rows for _, rows in wanted_outputs(model, number)]):
+        try:
+            return _one_by_one(model, groups, number, wanted, cotangents)
+        except Exception:  # a function of the user's that has no rule for batches
+            pass
     return _within_batch(model, groups, number, wanted, cotangents)
 
 

@@ -43,8 +43,10 @@ def block(place: Place, one: Part, two: Part) -> jax.Array:
     both = cost(place, one, two)
     if both.transient < both.pairwise:
         return _of_entries(place, one, two)
+    if place.sizes[0] > 1:
+        return _over_copies(place, one, two)
     per_example = one.columns * one.positions * two.examples * two.columns * two.positions
-    batch = factored.CHUNK // max(place.sizes[0] * per_example, 1)
+    batch = factored.CHUNK // max(per_example, 1)
     if batch >= one.examples or one.examples == 1:
         return _of_pairs(place, one, two)
 
@@ -55,22 +57,49 @@ def block(place: Place, one: Part, two: Part) -> jax.Array:
     return jax.lax.map(lambda x: example(*x), (one.left, one.right), batch_size=max(batch, 1))
 
 
+def _over_copies(place: Place, one: Part, two: Part) -> jax.Array:
+    """The sum over copies, one at a time: XLA's batched products on a CPU are ten times slower."""
+    single = place._replace(b=())
+    shape = (one.examples, one.columns, two.examples, two.columns)
+    apart = lambda part: jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0)[:, :, :, None], part)
+
+    def add(total: jax.Array, parts: tuple[Part, Part]) -> tuple[jax.Array, None]:
+        return total + block(single, *parts), None
+
+    start = jnp.zeros(shape, jnp.real(one.right).dtype)
+    return jax.lax.scan(add, start, (apart(one), apart(two)))[0]
+
+
 def _of_pairs(place: Place, one: Part, two: Part) -> jax.Array:
     shape = (one.examples, one.columns, two.examples, two.columns)
     right = _pairs(one.right, two.right)
     if one.left is None and two.left is None:
         # The same product as that of a weight whose use this bias shares: XLA computes it once.
-        return jnp.broadcast_to(right[0, :, :, 0, :, :, 0], shape)
+        return jnp.broadcast_to(right.real[0, :, :, 0, :, :, 0], shape)
     if one.looks_up and two.looks_up:
         same = one.left[:, :, :, :, None, None, None] == _aligned(two.left)
-        left = jnp.transpose(same.astype(one.right.dtype), (2, 0, 1, 3, 4, 5, 6))
+        left = _Pairs(jnp.transpose(same.astype(right.real.dtype), (2, 0, 1, 3, 4, 5, 6)))
     else:
         width = place.sizes[1]
         left = _pairs(factored.explicit(one, width), factored.explicit(two, width))
     if one.positions == two.positions == 1 and place.sizes[0] == 1:
-        product = left[0, :, :, 0, :, :, 0] * right[0, :, :, 0, :, :, 0]
-        return jnp.broadcast_to(product, shape)
-    return jnp.broadcast_to(jnp.sum(left * right, axis=(0, 3, 6)), shape)
+        first = jax.tree.map(lambda x: x[0, :, :, 0, :, :, 0], (left, right))
+        return jnp.broadcast_to(_real_product(*first), shape)
+    return jnp.broadcast_to(jnp.sum(_real_product(left, right), axis=(0, 3, 6)), shape)
+
+
+class _Pairs(NamedTuple):
+    """Inner products x . y* of all pairs, (B, N, C, T, M, D, S); real ones have no `imag`."""
+
+    real: jax.Array
+    imag: jax.Array | None = None
+
+
+def _real_product(left: _Pairs, right: _Pairs) -> jax.Array:
+    """The real part of the product of two complex numbers."""
+    product = left.real * right.real
+    both = left.imag is not None and right.imag is not None
+    return product - left.imag * right.imag if both else product
 
 
 def _aligned(index: jax.Array) -> jax.Array:
@@ -78,8 +107,20 @@ def _aligned(index: jax.Array) -> jax.Array:
     return jnp.transpose(index, (2, 0, 1, 3))[None, None, :, None]
 
 
-def _pairs(one: jax.Array, two: jax.Array) -> jax.Array:
-    """Inner products of all pairs, (B, N, C, T, M, D, S)."""
+def _pairs(one: jax.Array, two: jax.Array) -> _Pairs:
+    """Inner products of all pairs; complex ones by products of twice as many real numbers."""
+    if not (jnp.iscomplexobj(one) or jnp.iscomplexobj(two)):
+        return _Pairs(_real_pairs(one, two))
+    turned = jnp.concatenate([jnp.imag(one), -jnp.real(one)], axis=-1)
+    return _Pairs(_real_pairs(_wide(one), _wide(two)), _real_pairs(turned, _wide(two)))
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    """Real and imaginary parts side by side: x . y is the real part of the complex x . y*."""
+    return jnp.concatenate([jnp.real(x), jnp.imag(x)], axis=-1) if jnp.iscomplexobj(x) else x
+
+
+def _real_pairs(one: jax.Array, two: jax.Array) -> jax.Array:
     (n, c, b, t, _), (m, d, _, s, _) = one.shape, two.shape
     if b == 1:
         products = factored.matmul(factored.as_matrix(one), factored.as_matrix(two).T)
@@ -92,16 +133,16 @@ def _of_entries(place: Place, one: Part, two: Part) -> jax.Array:
     first = (one.examples * one.columns, two.examples * two.columns)
 
     def piece(left: jax.Array, other: jax.Array) -> jax.Array:
-        x = factored.entries_of(one, left).reshape(first[0], -1)
-        y = x if two is one else factored.entries_of(two, other).reshape(first[1], -1)
+        x = _wide(factored.entries_of(one, left).reshape(first[0], -1))
+        y = x if two is one else _wide(factored.entries_of(two, other).reshape(first[1], -1))
         return factored.einsum("ni,mi->nm", x, y)
 
     if two is one:
         sums, _, _ = factored.over_chunks(one, p, lambda left: piece(left, left), first[0] * b * q)
         total = jnp.sum(sums, axis=0)
     else:
-        x = factored.rows(place, one).reshape(first[0], -1)
-        y = factored.rows(place, two).reshape(first[1], -1)
+        x = _wide(factored.rows(place, one).reshape(first[0], -1))
+        y = _wide(factored.rows(place, two).reshape(first[1], -1))
         total = factored.einsum("ni,mi->nm", x, y)
     return total.reshape(one.examples, one.columns, two.examples, two.columns)
 
@@ -109,9 +150,7 @@ def _of_entries(place: Place, one: Part, two: Part) -> jax.Array:
 def squared_norms(place: Place, part: Part) -> jax.Array:
     """The squared norm of every row in this place, (N, C)."""
     if part.left is None:
-        return jnp.broadcast_to(
-            jnp.sum(part.right**2, axis=(2, 3, 4)), (part.examples, part.columns)
-        )
+        return jnp.broadcast_to(_squares(part.right), (part.examples, part.columns))
 
     def example(left: Any, right: jax.Array) -> jax.Array:
         single = Part(left[None], right[None])
@@ -119,8 +158,11 @@ def squared_norms(place: Place, part: Part) -> jax.Array:
         return jnp.diagonal(products)
 
     if part.positions == 1 and place.sizes[0] == 1:
-        left = 1 if part.looks_up else jnp.sum(part.left**2, axis=(2, 3, 4))
-        return jnp.broadcast_to(
-            left * jnp.sum(part.right**2, axis=(2, 3, 4)), (part.examples, part.columns)
-        )
+        left = 1 if part.looks_up else _squares(part.left)
+        return jnp.broadcast_to(left * _squares(part.right), (part.examples, part.columns))
     return jax.lax.map(lambda x: example(*x), (part.left, part.right), batch_size=16)
+
+
+def _squares(x: jax.Array) -> jax.Array:
+    """Squared norms over copies, positions and entries: (N, C)."""
+    return jnp.sum(_wide(x) ** 2, axis=(2, 3, 4))

@@ -17,19 +17,23 @@ from natgrad_jax import _trees
 from natgrad_jax.examples import Group
 from natgrad_jax.jacobian import assemble
 from natgrad_jax.jacobian import columns
+from natgrad_jax.jacobian import complex_rows
 from natgrad_jax.jacobian import dense
-from natgrad_jax.jacobian import engine
+from natgrad_jax.jacobian import factored
+from natgrad_jax.jacobian import parts as rows_found
+from natgrad_jax.jacobian import plan
 from natgrad_jax.jacobian import reader
 from natgrad_jax.jacobian import view as views
+from natgrad_jax.jacobian.assemble import Placed
 from natgrad_jax.jacobian.blocks import Bias
 from natgrad_jax.jacobian.blocks import Block
 from natgrad_jax.jacobian.blocks import layout
-from natgrad_jax.jacobian.engine import Model
-from natgrad_jax.jacobian.engine import Plan
 from natgrad_jax.jacobian.factored import Part
 from natgrad_jax.jacobian.factored import Place
 from natgrad_jax.jacobian.joined import Joined
 from natgrad_jax.jacobian.joined import leaves_behind
+from natgrad_jax.jacobian.plan import Model
+from natgrad_jax.jacobian.plan import Plan
 from natgrad_jax.jacobian.reader import Reading
 from natgrad_jax.jacobian.tape import Site
 
@@ -76,20 +80,11 @@ class Kronecker(NamedTuple):
     joined: dict[int, Joined]
 
 
-class _Entry(NamedTuple):
-    """A use, its group of examples and its site; no site for dense rows."""
-
-    place: Place
-    group: int
-    part: Part
-    site: int | None
-
-
 class _Family(NamedTuple):
     """Uses of the same entries of one root."""
 
     place: Place
-    members: list[_Entry]
+    members: list[Placed]
 
 
 def kronecker(
@@ -100,8 +95,13 @@ def kronecker(
     output_metric: Any,
     groups: tuple[Group, ...],
     independent: bool | None = None,
+    *,
+    weighted: bool = False,
 ) -> Kronecker:
-    """The blocks of a model and their uses; arguments as those of `engine.jacobian`."""
+    """The blocks of a model and their uses; the first arguments are those of `engine.jacobian`.
+
+    `weighted`: whether rows have weights of their own.
+    """
     if output_metric.removed is not None:
         raise ValueError(
             f"{caller}: a centered metric has no Kronecker factors; take centered=False, or an"
@@ -109,14 +109,17 @@ def kronecker(
         )
     if any(group.size == 0 for group in groups):
         raise ValueError(f"{caller}: the batch is empty: Kronecker factors need an example")
-    model = engine.flatten(caller, function, params, batch, groups)
-    made = engine.plan(model, output_metric.coefficients, independent)
+    model = plan.flatten(caller, function, params, batch, groups)
+    if weighted:
+        model = plan.with_rows_as_examples(model)
+    made = plan.plan(model, output_metric.coefficients, independent)
     dtype = _trees.work_dtype(params)
     apart = made.reason is not None
     entries = _one_pass(model, made, output_metric, dtype) if apart else []
     if not apart:
-        entries = _numbered(made, engine.parts_of(model, made, output_metric, dtype))
-    joined = made.readings[0].joined if made.readings[0] is not None else {}
+        made, entries = rows_found.parts_of(model, made, output_metric, dtype)
+    entries = [real for entry in entries for real in _real(entry, made.readings[0].joined)]
+    joined = {root: j for root, j in made.readings[0].joined.items() if not j.units}
     # The order of parameters, not that of equations: it must not depend on the batch.
     first = lambda family: (min(leaves_behind(family.place.leaf, joined)), family.place.offset)
     families = sorted(_families(entries), key=first)
@@ -130,7 +133,7 @@ def kronecker(
         bias = biases[number][1] if number in biases else None
         block = Block(family.place, bias, _kind(family))
         blocks.append(block)
-        uses.append(_uses(block, family, weights))
+        uses.append(_uses(block, family, weights, weighted=weighted))
     split, merge, covers = layout(blocks, joined, params)
     leaves = [
         [
@@ -142,72 +145,93 @@ def kronecker(
     return Kronecker(blocks, uses, split, merge, covers, apart, leaves, joined)
 
 
-def _numbered(made: Plan, placed: list[assemble.Placed]) -> list[_Entry]:
-    """Parts as entries that know their sites: of each group the uses come first, in order."""
-    entries = []
-    for number, reading in enumerate(made.readings):
-        own = [x for x in placed if x[1] == number]
-        sites = [] if reading is None else reading.sites
-        named = [k for k, s in enumerate(sites) if s.view.root not in reading.derived]
-        named += [None] * (len(own) - len(named))
-        entries += [_Entry(*x, k) for x, k in zip(own, named, strict=True)]
-    return entries
+def _real(entry: Placed, joined: dict[int, Joined]) -> list[Placed]:
+    """Rows of a complex array as those of the parameters that it is made of."""
+    joint = joined.get(entry.place.leaf)
+    if joint is None or not joint.units:
+        return [entry]
+    return [
+        Placed(
+            complex_rows.place_in_leaf(entry.place, joint, number),
+            entry.group,
+            complex_rows.real_part(entry.part, unit),
+        )
+        for number, unit in enumerate(joint.units)
+    ]
 
 
-def _one_pass(model: Model, made: Plan, output_metric: Any, dtype: Any) -> list[_Entry]:
+def _one_pass(model: Model, made: Plan, output_metric: Any, dtype: Any) -> list[Placed]:
     """Uses in a model that mixes examples, from one backward pass for all rows at once.
 
     The cotangent of a position is that of the sum over rows, as in every implementation of K-FAC;
     each position counts as an example. Parameters without linear uses have exact rows.
     """
     (reading,) = made.readings
-    rest: set[int] = set(range(len(model.params)))
-    entries: list[_Entry] = []
-    if reading is not None:
+    rest: set[int] = set(reading.opaque)
+    entries: list[Placed] = []
+    if reading.sites:
         behind = [leaf for root in reading.derived for leaf in reading.sources[root]]
-        rest = set(reading.opaque) | set(behind)
+        rest |= set(behind)
         outputs, pull, records = reader.pull_back(reading, model.params, model.batch)
         cotangents = columns.everywhere(output_metric)
         cast = [c.astype(z.dtype) for c, z in zip(cotangents, outputs, strict=True)]
-        pulled = engine.over_columns(pull, cast, reading)
-        shapes = engine.root_shapes(reading, model.params)
+        pulled = rows_found.over_columns(pull, cast, reading)
+        shapes = rows_found.root_shapes(reading, model.params)
         rest |= _overlapping(reading, shapes)
         for k, (site, record, g) in enumerate(zip(reading.sites, records, pulled, strict=True)):
             if rest.isdisjoint(reading.sources[site.view.root]):
-                place = assemble.place_of(site, shapes[site.view.root])
+                root = shapes[site.view.root]
+                place = assemble.place_of(site, root.shape)
                 part = assemble.part_of(site, record, g, dtype, apart=True)
-                entries.append(_Entry(place, 0, part, k))
+                if not jnp.issubdtype(root.dtype, jnp.complexfloating):
+                    part = complex_rows.real_part(part)
+                entries.append(Placed(place, 0, part, k))
     leaves = sorted(rest)
     if leaves:
         cotangents = columns.cotangents(output_metric, made.rows)
         rows = dense.column_rows(model.function, model.params, model.batch, leaves, cotangents)
-        entries += [_Entry(*x, None) for x in engine.dense_parts(leaves, model, rows, dtype)]
+        entries += rows_found.dense_parts(leaves, model, rows, dtype)
     return entries
 
 
-def _overlapping(reading: Reading, shapes: dict[int, tuple[int, ...]]) -> set[int]:
+def _overlapping(reading: Reading, shapes: dict[int, jax.ShapeDtypeStruct]) -> set[int]:
     """The parameters whose uses overlap in part."""
     found: set[int] = set()
     for root in {site.view.root for site in reading.sites}:
         own = [site for site in reading.sites if site.view.root == root]
-        if assemble.groups_of_places([assemble.place_of(s, shapes[root]) for s in own]) is None:
+        if (
+            assemble.groups_of_places([assemble.place_of(s, shapes[root].shape) for s in own])
+            is None
+        ):
             found |= reading.sources[root]
     return found
 
 
-def _families(entries: list[_Entry]) -> list[_Family]:
+def _families(entries: list[Placed]) -> list[_Family]:
     families = []
     for root in dict.fromkeys(e.place.leaf for e in entries):
         own = [e for e in entries if e.place.leaf == root]
         sets = assemble.groups_of_places([e.place for e in own])
-        if sets is not None:
-            families += [_Family(own[s[0]].place, [own[i] for i in s]) for s in sets]
-            continue
-        groups = 1 + max(e.group for e in own)
-        (factor,) = assemble.factors_of([(e.place, e.group, e.part) for e in own], groups)
-        parts = [(g, part) for g, part in enumerate(factor.parts) if part is not None]
-        families.append(_Family(factor.place, [_Entry(factor.place, g, x, None) for g, x in parts]))
+        for indices in [list(range(len(own)))] if sets is None else sets:
+            members = [own[i] for i in indices]
+            # Rows beside a linear use, or uses that overlap in part: their sum is exact as rows.
+            plain = {e.part.left is None for e in members}
+            families.append(
+                _as_rows(members)
+                if sets is None or len(plain) > 1
+                else _Family(members[0].place, members)
+            )
     return families
+
+
+def _as_rows(members: list[Placed]) -> _Family:
+    """Uses of one root as its plain rows."""
+    place = assemble.dense_place(members[0].place.leaf, members[0].place.shape)
+    rows = {}
+    for group in dict.fromkeys(e.group for e in members):
+        own = [factored.rows(e.place, e.part) for e in members if e.group == group]
+        rows[group] = Part(None, sum(own[1:], own[0])[:, :, None, None, :])
+    return _Family(place, [Placed(place, group, part) for group, part in rows.items()])
 
 
 def _kind(family: _Family) -> str:
@@ -297,7 +321,7 @@ def _example_weights(model: Model, made: Plan, output_metric: Any, dtype: Any) -
     return result
 
 
-def _uses(block: Block, family: _Family, weights: list[jax.Array]) -> list[Used]:
+def _uses(block: Block, family: _Family, weights: list[jax.Array], *, weighted: bool) -> list[Used]:
     uses = []
     for group in sorted({e.group for e in family.members}):
         own = [e for e in family.members if e.group == group]
@@ -305,9 +329,9 @@ def _uses(block: Block, family: _Family, weights: list[jax.Array]) -> list[Used]
             side = [e for e in own if (_is_swapped(e.place, block.place)) == swapped]
             if not side:
                 continue
-            turned = [assemble.oriented((e.place, e.group, e.part), block.place) for e in side]
+            turned = [assemble.oriented(e, block.place) for e in side]
             for part in _joined_parts(block, turned):
-                own_weights = _weights(weights, group, part)
+                own_weights = weights[group] if weights else _alike(part, weighted=weighted)
                 uses.append(Used(_with_bias(block, part), own_weights, group, swapped))
     return uses
 
@@ -323,10 +347,13 @@ def _joined_parts(block: Block, parts: list[Part]) -> list[Part]:
     return parts
 
 
-def _weights(weights: list[jax.Array], group: int, part: Part) -> jax.Array:
-    if weights:
-        return weights[group]
-    return jnp.full((part.examples,), 1 / max(part.examples, 1), part.right.dtype)
+def _alike(part: Part, *, weighted: bool) -> jax.Array:
+    """The same weight for every position, but none for those of rows that weigh nothing."""
+    used = jnp.ones((part.examples,), part.right.dtype)
+    if weighted:
+        axes = tuple(range(1, part.right.ndim))
+        used = jnp.any(part.right != 0, axis=axes).astype(part.right.dtype)
+    return used / jnp.maximum(jnp.sum(used), 1)
 
 
 def _with_bias(block: Block, part: Part) -> Part:

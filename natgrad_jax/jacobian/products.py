@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax.jacobian import columns
+from natgrad_jax.jacobian import complex_rows
 from natgrad_jax.jacobian import factored
 from natgrad_jax.jacobian import gram as grams
 from natgrad_jax.jacobian import scaling
@@ -40,6 +41,9 @@ def jacobian_of_factors(
       dtype: of the rows.
     """
     leaves, structure = jax.tree.flatten(params)
+    # Only inner products are taken of complex rows as they are: all else speaks of parameters.
+    inner, factors = factors, [r for f in factors for r in complex_rows.real_factors(f, joined)]
+    joined = {root: joint for root, joint in joined.items() if not joint.units}
     removed = output_metric.removed
 
     def center(rows: jax.Array) -> jax.Array:
@@ -81,7 +85,7 @@ def jacobian_of_factors(
 
     def in_units(units: Tree | None) -> list[tuple[Factor, jax.Array | None]]:
         if units is None:
-            return [(factor, None) for factor in factors]
+            return [(factor, None) for factor in inner]
         scales = jax.tree.leaves(units)
         return [scaling.in_units(factor, joined, scales) for factor in factors]
 

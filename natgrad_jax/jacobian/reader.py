@@ -1,5 +1,6 @@
 """Reads a model once at a batch: which parameters factor, how, and whether examples mix."""
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,12 +11,13 @@ import jax.numpy as jnp
 from natgrad_jax.jacobian import _jaxpr
 from natgrad_jax.jacobian import capture
 from natgrad_jax.jacobian import view as views
-from natgrad_jax.jacobian.example_axis import OWN
-from natgrad_jax.jacobian.example_axis import Axis
-from natgrad_jax.jacobian.example_axis import Label
-from natgrad_jax.jacobian.example_axis import Mixed
 from natgrad_jax.jacobian.joined import Joined
+from natgrad_jax.jacobian.labels import OWN
+from natgrad_jax.jacobian.labels import Axis
+from natgrad_jax.jacobian.labels import Label
+from natgrad_jax.jacobian.labels import Mixed
 from natgrad_jax.jacobian.tape import Site
+from natgrad_jax.jacobian.tape import Survey
 from natgrad_jax.jacobian.tape import Tape
 from natgrad_jax.jacobian.tape import Value
 from natgrad_jax.jacobian.tape import attach
@@ -41,10 +43,11 @@ class Reading(NamedTuple):
       opaque: for each parameter leaf that does not factor, why.
       sites: the uses of the others.
       sources: the parameter leaves behind every root.
-      derived: roots in `sites` that are computed from parameters.
+      derived: roots in `sites` that are computed from parameters, and their shapes.
       leaves: shapes of the parameter leaves.
       joined: roots that join whole parameters, used by nothing else: their factors need no rows.
       guess: the size of the batch where constants of that size are taken for examples'.
+      spread: constants with one dimension of this size hold something for each example.
     """
 
     program: _jaxpr.Program
@@ -53,27 +56,33 @@ class Reading(NamedTuple):
     opaque: dict[int, str]
     sites: list[Site]
     sources: dict[int, frozenset[int]]
-    derived: dict[int, tuple[int, ...]]
+    derived: dict[int, jax.ShapeDtypeStruct]
     leaves: list[Any]
     joined: dict[int, Joined] = {}  # noqa: RUF012  # a NamedTuple's default, never written to
     guess: int | None = None
+    spread: int | None = None
 
 
 def read(
-    function: Flat, params: list[Any], batch: list[Any], labels: list[Label], outputs: list[Axis]
+    function: Flat,
+    params: list[Any],
+    batch: list[Any],
+    labels: list[Label],
+    outputs: list[Axis],
+    spread: int | None = None,
 ) -> Reading:
-    """Reads a model.
+    """Reads a model; the arguments are the fields of :class:`Reading`.
 
     Raises:
       ExamplesMixError: an output depends on several examples, or may.
       UnreadableError: an equation has a form that the reader does not know.
     """
     program, _ = _jaxpr.trace(function, params, batch)
-    plain = Reading(program, labels, outputs, {}, [], {}, {}, params)
+    plain = Reading(program, labels, outputs, {}, [], {}, {}, params, spread=spread)
     reading = _settled(plain, params, batch)
     if PER_EXAMPLE not in reading.opaque.values():
         return reading
-    along = [label.dim if isinstance(label, Axis) and label != OWN else None for label in labels]
+    along = [label.dim if isinstance(label, Axis) and label.dim >= 0 else None for label in labels]
     sizes = {x.shape[d] for x, d in zip(batch, along, strict=True) if d is not None}
     if len(sizes) != 1:
         return reading
@@ -84,6 +93,12 @@ def read(
     return other if len(other.opaque) < len(reading.opaque) else reading
 
 
+def unread(params: list[Any], reason: str) -> Reading:
+    """The reading of a model that cannot be read: all of it is dense."""
+    nothing = _jaxpr.Program([], [], [], [])
+    return Reading(nothing, [], [], dict.fromkeys(range(len(params)), reason), [], {}, {}, params)
+
+
 def _settled(reading: Reading, params: list[Any], batch: list[Any]) -> Reading:
     """Gives up on parameters until all that is left factors."""
     while True:
@@ -92,9 +107,7 @@ def _settled(reading: Reading, params: list[Any], batch: list[Any]) -> Reading:
             break
         reading = reading._replace(opaque=reading.opaque | tape.failed)
     derived = {
-        s.view.root: tape.derived[s.view.root].shape
-        for s in tape.sites
-        if s.view.root in tape.derived
+        s.view.root: tape.derived[s.view.root] for s in tape.sites if s.view.root in tape.derived
     }
     joined = _exclusive(tape)
     return reading._replace(
@@ -108,13 +121,11 @@ def _settled(reading: Reading, params: list[Any], batch: list[Any]) -> Reading:
 def apart(reading: Reading) -> Reading:
     """The reading with joined roots as any other array derived from parameters."""
     shapes = [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in reading.leaves]
-    derived = {
-        root: jax.eval_shape(joint.gather, shapes).shape for root, joint in reading.joined.items()
-    }
+    derived = {root: jax.eval_shape(joint.gather, shapes) for root, joint in reading.joined.items()}
     return reading._replace(derived=reading.derived | derived, joined={})
 
 
-def _exclusive(tape: Tape) -> dict[int, Joined]:
+def _exclusive(tape: Survey) -> dict[int, Joined]:
     """The joined roots whose parameters are used through them alone."""
     used: dict[int, set[int]] = {}
     for site in tape.sites:
@@ -128,10 +139,17 @@ def _exclusive(tape: Tape) -> dict[int, Joined]:
     }
 
 
-def _survey(reading: Reading, params: list[Any], batch: list[Any]) -> Tape:
-    tape = _tape(reading, None)
-    jax.eval_shape(lambda p, b: _run(reading, tape, p, b), params, batch)
-    return tape
+def _survey(reading: Reading, params: list[Any], batch: list[Any]) -> Survey:
+    found = []
+
+    def run(params: list[jax.Array], batch: list[jax.Array]) -> list[jax.Array]:
+        tape = _tape(reading, None)
+        results = _run(reading, tape, params, batch)
+        found.append(tape.summary())
+        return results
+
+    jax.eval_shape(run, params, batch)
+    return found[0]
 
 
 def _tape(reading: Reading, probes: list[jax.Array] | None) -> Tape:
@@ -145,8 +163,8 @@ def _run(reading: Reading, tape: Tape, params: list[Any], batch: list[Any]) -> l
         for i, p in enumerate(params)
     ]
     values += [Value(x, label) for x, label in zip(batch, reading.labels, strict=True)]
-    whole = any(label == OWN for label in reading.outputs)
-    results = capture.read(reading.program, values, tape, share_constants=not whole)
+    constants = functools.partial(_label_of_constant, reading)
+    results = capture.read(reading.program, values, tape, constants=constants)
     arrays = []
     for value, label in zip(results, reading.outputs, strict=True):
         if isinstance(value.label, Mixed):
@@ -160,6 +178,20 @@ def _run(reading: Reading, tape: Tape, params: list[Any], batch: list[Any]) -> l
                 tape.fail(value.view, str(misfit))
         arrays.append(value.array)
     return arrays
+
+
+def _label_of_constant(reading: Reading, constant: Any) -> Label:
+    """Constants are what all examples share; of a batch that is one piece they are its own."""
+    if any(label == OWN for label in reading.outputs):
+        return OWN if jnp.ndim(constant) else None
+    dim = None if reading.spread is None else dimension_of(constant, reading.spread)
+    return None if dim is None else Axis(dim)
+
+
+def dimension_of(x: Any, size: int) -> int | None:
+    """The only dimension of this size, or None."""
+    dims = [d for d, n in enumerate(jnp.shape(x)) if n == size]
+    return dims[0] if len(dims) == 1 else None
 
 
 def pull_back(

@@ -7,13 +7,18 @@ import jax.numpy as jnp
 
 from natgrad_jax.jacobian import uses
 from natgrad_jax.jacobian import view as views
-from natgrad_jax.jacobian.example_axis import Axis
-from natgrad_jax.jacobian.example_axis import Label
+from natgrad_jax.jacobian.contracted import Contracted
+from natgrad_jax.jacobian.contracted import contracted_by
+from natgrad_jax.jacobian.contracted import contracted_use
 from natgrad_jax.jacobian.joined import Joined
 from natgrad_jax.jacobian.joined import joined
+from natgrad_jax.jacobian.labels import Axis
+from natgrad_jax.jacobian.labels import Label
 from natgrad_jax.jacobian.uses import MisfitError
 from natgrad_jax.jacobian.uses import Use
 from natgrad_jax.jacobian.view import View
+
+PARAMETER, EXAMPLES, POSITIONS = "parameter", "examples", "positions"
 
 
 class Value(NamedTuple):
@@ -57,7 +62,8 @@ class Site(NamedTuple):
       label: where examples lie in the probed value.
       shape: of the probe, enclosing scans first.
       dtype: of the probe.
-      loops: for each enclosing scan, outermost first, whether it runs over the parameter.
+      loops: for each enclosing scan, outermost first, what it runs over: the PARAMETER, EXAMPLES,
+        or POSITIONS where an example uses the parameter again.
       bias_of: what is added to the result of a linear use, and to nothing else, has the cotangent
         of that use: so many sites before this one. 0 for none.
       bias_dims: for each dimension of the probed value that of the value of the linear use.
@@ -68,9 +74,27 @@ class Site(NamedTuple):
     label: Axis
     shape: tuple[int, ...]
     dtype: jnp.dtype
-    loops: tuple[bool, ...] = ()
+    loops: tuple[str, ...] = ()
     bias_of: int = 0
     bias_dims: tuple[int, ...] = ()
+
+
+class Survey(NamedTuple):
+    """What one evaluation of a program found.
+
+    Attributes:
+      sites: uses of parameters, in order.
+      failed: parameters that do not factor, and why.
+      sources: the parameters behind every root.
+      derived: shapes of arrays computed from parameters alone.
+      joined: those that join whole parameters.
+    """
+
+    sites: list[Site]
+    failed: dict[int, str]
+    sources: dict[int, frozenset[int]]
+    derived: dict[int, jax.ShapeDtypeStruct]
+    joined: dict[int, Joined]
 
 
 class Tape:
@@ -97,8 +121,26 @@ class Tape:
         self.leaves = leaves
         self.derived: dict[int, jax.Array] = {}
         self.joined: dict[int, Joined] = {}
+        self.contracted: dict[int, Contracted] = {}
         self.tangents: set[int] = set()
         self.linearizing = 0
+
+    def summary(self) -> "Survey":
+        """What was found, without arrays: it may outlive the trace that found it."""
+        static = lambda site: site._replace(
+            use=site.use._replace(record=None), view=site.view._replace(scale=None)
+        )
+        shapes = {root: jax.ShapeDtypeStruct(x.shape, x.dtype) for root, x in self.derived.items()}
+        bare = lambda joint: joint._replace(
+            views=tuple(view._replace(scale=None) for view in joint.views)
+        )
+        return Survey(
+            [static(site) for site in self.sites],
+            dict(self.failed),
+            dict(self.sources),
+            shapes,
+            {root: bare(joint) for root, joint in self.joined.items()},
+        )
 
     def child(self, probes: list[jax.Array] | None) -> "Tape":
         """The tape of one pass through the body of a scan."""
@@ -116,10 +158,25 @@ class Tape:
         if self.linearizing:
             self.tangents.add(root)
         elif equation is not None and not self.depth:
-            joint = joined(equation, [v.view for v in operands], self.leaves)
+            joint = joined(equation, operands, self.leaves)
             if joint is not None:
                 self.joined[root] = joint
+            contracted = contracted_by(equation, operands)
+            if contracted is not None:
+                self.contracted[root] = contracted
         return views.whole(root, array.shape)
+
+    def operand_use(
+        self, name: str, view: View, label: Axis, shape: tuple[int, ...]
+    ) -> tuple[View, Use]:
+        """The use of what enters an equation entry by entry, and the view that it is a use of."""
+        contracted = self.contracted.get(view.root)
+        if contracted is not None:
+            use = contracted_use(contracted, view, label, shape)
+            if use is not None:
+                own = contracted.view
+                return own._replace(scale=view.scale, factor=view.factor), use
+        return view, uses.operand(name, view, label)
 
     def fail(self, view: View, reason: str) -> None:
         """Gives up on the parameters behind a view."""
@@ -148,5 +205,5 @@ def arrays_of(operands: list[Value]) -> list[jax.Array]:
 def attach(value: Value, label: Axis, tape: Tape) -> Value:
     """Makes a value of parameters alone one of examples, by a probe on it."""
     assert value.view is not None
-    use = uses.operand("output", value.view, label)
-    return Value(tape.probe(use, value.view, label, value.array), label)
+    view, use = tape.operand_use("output", value.view, label, value.array.shape)
+    return Value(tape.probe(use, view, label, value.array), label)

@@ -4,15 +4,12 @@ A view says for each of its entries which entry of the flat parameter it is: an 
 each dimension, pieces (size, stride) from slow to fast. Stride 0 is a broadcast.
 """
 
-import itertools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from natgrad_jax.jacobian import _jaxpr
 
 Piece = tuple[int, int]
 Pieces = tuple[Piece, ...]
@@ -27,6 +24,7 @@ class View(NamedTuple):
       dims: the pieces of each dimension, slow to fast.
       offset: flat index of the first entry.
       scale: None, or a scalar that multiplies the view.
+      factor: the value of that scalar where it is known now; None where not.
       scanned: for each enclosing scan, by depth, that runs over the array: the pieces it runs over.
     """
 
@@ -34,13 +32,14 @@ class View(NamedTuple):
     dims: tuple[Pieces, ...]
     offset: int = 0
     scale: jax.Array | None = None
+    factor: complex | None = 1
     scanned: tuple[tuple[int, Pieces], ...] = ()
 
 
 def whole(root: int, shape: Shape) -> View:
     """The view of all of an array as it is."""
     strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-    return View(root, tuple(_piece(n, s) for n, s in zip(shape, strides, strict=True)))
+    return View(root, tuple(piece(n, s) for n, s in zip(shape, strides, strict=True)))
 
 
 def size(pieces: Pieces) -> int:
@@ -48,24 +47,9 @@ def size(pieces: Pieces) -> int:
     return math.prod(n for n, _ in pieces)
 
 
-def _piece(n: int, stride: int) -> Pieces:
+def piece(n: int, stride: int) -> Pieces:
+    """The pieces of a dimension with one stride."""
     return () if n == 1 else ((n, stride),)
-
-
-def follow(equation: Any, view: View, known: list[np.ndarray | None]) -> list[View] | None:
-    """The views that an equation makes of a view in its first operand, or None.
-
-    Args:
-      equation: the equation.
-      view: of its first operand.
-      known: for each operand its value where that is a known integer.
-    """
-    name = _jaxpr.name(equation)
-    if name in _SAME:
-        return [view]
-    if name not in _RULES:
-        return None
-    return _RULES[name](equation, view, known)
 
 
 def scanned_over(view: View, depth: int) -> View:
@@ -77,8 +61,18 @@ def window_at(view: View, t: int) -> View | None:
     """Entry t along the leading dimension, or None where that is no view."""
     sizes = [1, *(size(p) for p in view.dims[1:])]
     starts = [t, *(0 for _ in view.dims[1:])]
-    row = _window(view, starts, sizes, [1] * len(sizes))
+    row = strided(view, starts, sizes, [1] * len(sizes))
     return None if row is None else row._replace(dims=row.dims[1:])
+
+
+def joined(view: View, dims: Any) -> Pieces:
+    """The pieces of several dimensions of a view, one after the other."""
+    return tuple(piece for d in dims for piece in view.dims[d])
+
+
+def is_broadcast(pieces: Pieces) -> bool:
+    """Whether all that pieces run over is one entry."""
+    return all(stride == 0 for _, stride in pieces)
 
 
 def merged(pieces: Pieces) -> Pieces:
@@ -102,6 +96,8 @@ def indices(offset: int, pieces: Pieces) -> np.ndarray:
 
 def take(array: jax.Array, offset: int, pieces: Pieces) -> jax.Array:
     """The entries that pieces run over, in their order, of an array: (entries,)."""
+    if not size(pieces):
+        return jnp.zeros((0,), array.dtype)
     pieces = _refined(pieces, array.shape)
     cut = _cut(array.shape, offset, pieces)
     if cut is None:
@@ -117,6 +113,8 @@ def take(array: jax.Array, offset: int, pieces: Pieces) -> jax.Array:
 
 def place(entries: jax.Array, shape: Shape, offset: int, pieces: Pieces) -> jax.Array:
     """The transpose of `take`: an array of this shape, zero elsewhere."""
+    if not size(pieces):
+        return jnp.zeros(shape, entries.dtype)
     pieces = _refined(pieces, shape)
     cut = _cut(shape, offset, pieces)
     if cut is None:
@@ -202,39 +200,8 @@ def split_dim(pieces: Pieces, sizes: Shape) -> tuple[Pieces, ...] | None:
     return tuple(result)
 
 
-def _reshape(equation: Any, view: View, known: Any) -> list[View] | None:
-    if _jaxpr.parameter(equation, "dimensions") is not None:
-        return None
-    pieces = tuple(itertools.chain.from_iterable(view.dims))
-    dims = split_dim(pieces, _jaxpr.shapes_out(equation)[0])
-    return None if dims is None else [view._replace(dims=dims)]
-
-
-def _transpose(equation: Any, view: View, known: Any) -> list[View]:
-    order = _jaxpr.parameter(equation, "permutation")
-    return [view._replace(dims=tuple(view.dims[d] for d in order))]
-
-
-def _squeeze(equation: Any, view: View, known: Any) -> list[View]:
-    rank = len(view.dims)
-    gone = {int(d) % rank for d in _jaxpr.parameter(equation, "dimensions")}
-    return [view._replace(dims=tuple(p for d, p in enumerate(view.dims) if d not in gone))]
-
-
-def _broadcast(equation: Any, view: View, known: Any) -> list[View]:
-    shape = _jaxpr.shapes_out(equation)[0]
-    source = {
-        int(target): d
-        for d, target in enumerate(_jaxpr.parameter(equation, "broadcast_dimensions"))
-    }
-    dims = []
-    for d, length in enumerate(shape):
-        own = view.dims[source[d]] if d in source else ()
-        dims.append(own if size(own) == length else _piece(length, 0))
-    return [view._replace(dims=tuple(dims))]
-
-
-def _window(view: View, starts: Any, sizes: Any, steps: Any) -> View | None:
+def strided(view: View, starts: Any, sizes: Any, steps: Any) -> View | None:
+    """The window of a view with these starts, sizes and steps, or None where that is no view."""
     dims, offset = [], view.offset
     for pieces, start, count, step in zip(view.dims, starts, sizes, steps, strict=True):
         if count == size(pieces) and step == 1:
@@ -242,61 +209,7 @@ def _window(view: View, starts: Any, sizes: Any, steps: Any) -> View | None:
         elif len(pieces) == 1:
             ((_, stride),) = pieces
             offset += int(start) * stride
-            dims.append(_piece(int(count), stride * int(step)))
+            dims.append(piece(int(count), stride * int(step)))
         else:
             return None
     return view._replace(dims=tuple(dims), offset=offset)
-
-
-def _slice(equation: Any, view: View, known: Any) -> list[View] | None:
-    steps = _jaxpr.parameter(equation, "strides") or (1,) * len(view.dims)
-    starts = _jaxpr.parameter(equation, "start_indices")
-    cut = _window(view, starts, _jaxpr.shapes_out(equation)[0], steps)
-    return None if cut is None else [cut]
-
-
-def _dynamic_slice(equation: Any, view: View, known: list[Any]) -> list[View] | None:
-    sizes, starts = _jaxpr.parameter(equation, "slice_sizes"), []
-    for pieces, count, start in zip(view.dims, sizes, known[1:], strict=True):
-        room = size(pieces) - count
-        if room and start is None:
-            return None
-        starts.append(0 if not room else min(max(int(start), 0), room))
-    cut = _window(view, starts, sizes, (1,) * len(sizes))
-    return None if cut is None else [cut]
-
-
-def _split(equation: Any, view: View, known: Any) -> list[View] | None:
-    axis, sizes = _jaxpr.parameter(equation, "axis"), _jaxpr.parameter(equation, "sizes")
-    full, parts, start = [size(p) for p in view.dims], [], 0
-    for count in sizes:
-        starts = [start if d == axis else 0 for d in range(len(full))]
-        counts = [count if d == axis else n for d, n in enumerate(full)]
-        parts.append(_window(view, starts, counts, (1,) * len(full)))
-        start += count
-    return None if any(p is None for p in parts) else parts
-
-
-_SAME = frozenset(
-    [
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "sharding_constraint",
-        "pvary",
-        "pcast",
-        "mesh_cast",
-        "name",
-        "reduce_precision",
-    ]
-)
-
-_RULES = {
-    "reshape": _reshape,
-    "transpose": _transpose,
-    "squeeze": _squeeze,
-    "broadcast_in_dim": _broadcast,
-    "slice": _slice,
-    "dynamic_slice": _dynamic_slice,
-    "split": _split,
-}

@@ -16,6 +16,7 @@ from natgrad_jax.jacobian.blocks import Block
 from natgrad_jax.jacobian.kronecker import Kronecker
 from natgrad_jax.metrics import Metric
 from natgrad_jax.solvers import _kronecker
+from natgrad_jax.solvers import _solver
 from natgrad_jax.solvers._kronecker import Moments
 
 Tree = Any
@@ -163,18 +164,36 @@ def solved(
     g: Tree,
     damping: jax.Array,
     each: Callable[[list[jax.Array]], list[jax.Array]],
-) -> tuple[Tree, jax.Array | None]:
-    """A direction that is made block by block, and its inner product with g where blocks tell it.
+    alive: list[jax.Array],
+) -> tuple[Tree, jax.Array, jax.Array]:
+    """A direction that is made block by block, g^T d, and the share of it without information.
 
-    From the blocks: g itself need not be held until d is known.
+    From the blocks: where they cover all parameters g need not be held until d is known.
+
+    Args:
+      here: the metric at a point.
+      kronecker: the blocks.
+      g: the gradient.
+      damping: that g is divided by where no block tells more.
+      each: arrays (B, p, q) of g -> those of d.
+      alive: for each block whether its factors are other than zero.
     """
     parts = kronecker.split(g)
     found = each(parts)
-    slope = None
-    if kronecker.covers:
-        terms = list(map(_kronecker.inner, parts, found))
-        slope = jnp.sum(jnp.stack(terms)) if terms else jnp.zeros((), here.dtype)
-    return kronecker.merge(found, outside(here, g, damping)), slope
+    terms = jnp.stack([jnp.zeros((), here.dtype), *map(_kronecker.inner, parts, found)])
+    d = kronecker.merge(found, outside(here, g, damping))
+    slope = jnp.sum(terms) if kronecker.covers else _trees.vdot(g, d, here.dtype)
+    seen = jnp.sum(jnp.where(jnp.stack([jnp.asarray(False), *alive]), terms, 0))
+    return d, slope, _solver.outside_share(seen, slope)
+
+
+def alive(average: Average) -> list[jax.Array]:
+    """For each block whether none of its averages is zero."""
+    first, result = 0, []
+    for own in average.moments:
+        result.append(jnp.all(jnp.any(average.means[first : first + len(own)] > 0, axis=1)))
+        first += len(own)
+    return result
 
 
 def outside(here: Curvature, g: Tree, damping: jax.Array) -> Tree:

@@ -36,7 +36,7 @@ def block_diagonal() -> Solver:
       (0.25, 1.0)
 
     Notes:
-      O(P_l^2) memory and O(P_l^3) work for a leaf of P_l parameters.
+      O(M P_l + P_l^2) memory and O(M P_l^2 + P_l^3) work for a leaf of P_l parameters and M rows.
     """
 
     def prepare(here: Curvature, damping: jax.Array, state: tuple[()]) -> tuple[Solve, tuple[()]]:
@@ -49,11 +49,18 @@ def block_diagonal() -> Solver:
                 factor.solve(g.reshape(-1)).reshape(leaf.shape)
                 for factor, g, leaf in zip(factors, jax.tree.leaves(gradient), leaves, strict=True)
             ]
+            terms = [jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient), parts, strict=True)]
+            seen = [jnp.where(jnp.trace(b) > 0, x, 0) for b, x in zip(blocks, terms, strict=True)]
+            zero = jnp.zeros((), here.dtype)
+            share = _solver.outside_share(sum(seen, zero), sum(terms, zero))
             taken = jnp.asarray([False, *(factor.eigen_taken for factor in factors)])
             return (
                 jax.tree.unflatten(treedef, parts),
                 state,
-                _solver.report(eigen_taken=jnp.any(taken)),
+                _solver.report(
+                    eigen_taken=jnp.any(taken),
+                    outside_row_space=share if here.definite else _solver.NOT_MEASURED,
+                ),
             )
 
         return solve, state

@@ -31,6 +31,24 @@ class CGState(NamedTuple):
     preconditioner: Any
 
 
+class _NullMass(NamedTuple):
+    """Bounds the share of the first residual that F does not see, from the run itself.
+
+    Residuals r_j = q_j(A) r_0 of A = F + lambda I are orthogonal, so that the spectral measure of
+    r_0 has at most the mass 1 / sum_j q_j(lambda)^2 ||r_0||^2 / ||r_j||^2 at lambda, which is where
+    F is zero: the Christoffel function (Golub and Meurant, 2010, Matrices, moments, quadrature).
+
+    Attributes:
+      residual: q_j(lambda).
+      direction: the polynomial of the search direction at lambda.
+      total: the sum so far.
+    """
+
+    residual: jax.Array
+    direction: jax.Array
+    total: jax.Array
+
+
 class _Iterate(NamedTuple):
     x: Tree
     r: Tree
@@ -39,6 +57,7 @@ class _Iterate(NamedTuple):
     best: Tree
     residual: jax.Array
     steepest: jax.Array
+    null: _NullMass
     count: jax.Array  # type: ignore[assignment]  # a field, not tuple.count
     broken: jax.Array
     negative: jax.Array
@@ -116,7 +135,7 @@ def cg(
         precondition, inner_state = _preconditioner(preconditioner, here, damping, state)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, here.dtype), here.params)
         iterate = functools.partial(
-            _iterate, product, precondition, tol=tol, limit=max_iterations, singular=damping <= 0
+            _iterate, product, precondition, damping, tol=tol, limit=max_iterations
         )
 
         def project(g: Tree) -> Tree:
@@ -136,6 +155,7 @@ def cg(
                 x, ax = _rescaled(state.previous, product(state.previous), target, damping, here)
             last = iterate(target, x, ax)
             squared = lambda v: _trees.vdot(v, v, here.dtype)
+            unseen = _outside_share(here, damping, target, x, ax, last, state.previous)
             # With damping 0 what the projection took away, orthogonal to the rest, counts too.
             taken = squared(jax.tree.map(lambda g, t: g - t, g, target))
             norm = squared(g)
@@ -143,6 +163,7 @@ def cg(
             outcome = _solver.report(
                 iterations=last.count,
                 relative_residual=jnp.where(norm > 0, jnp.sqrt(ratio), 0),
+                outside_row_space=unseen if preconditioner is None else _solver.NOT_MEASURED,
                 negative_curvature=last.negative,
             )
             return (
@@ -181,23 +202,52 @@ def _rescaled(x: Tree, ax: Tree, g: Tree, damping: jax.Array, here: Curvature) -
     return _trees.scale(x, alpha), _trees.scale(ax, alpha)
 
 
+def _outside_share(
+    here: Curvature,
+    damping: jax.Array,
+    g: Tree,
+    x: Tree,
+    ax: Tree,
+    last: _Iterate,
+    previous: Tree,
+) -> jax.Array:
+    """The largest share of ||d|| that may lie where F is zero: there d is g / damping.
+
+    A bound that is the share itself once the run has converged. With a warm start x it is that of
+    g = r_0 + A x, where ||x||^2 - (x^T F x)^2 / ||F x||^2 bounds what x has there.
+    """
+    if not here.definite:
+        return jnp.asarray(_solver.NOT_MEASURED, here.dtype)
+    squared = lambda v: _trees.vdot(v, v, here.dtype)
+    r = jax.tree.map(lambda g, ax: g - ax, g, ax)
+    length = jnp.sqrt(squared(r) / last.null.total)
+    if previous is not None:
+        fx = jax.tree.map(lambda ax, x: ax - damping * x, ax, x)
+        size, along, norm = squared(x), _trees.vdot(x, fx, here.dtype), squared(fx)
+        seen = jnp.where(norm > 0, along**2 / jnp.where(norm > 0, norm, 1), 0)
+        length = length + damping * jnp.sqrt(jnp.maximum(size - seen, 0))
+    whole = damping * jnp.sqrt(squared(last.best))
+    share = jnp.where(whole > 0, length / jnp.where(whole > 0, whole, 1), 0)
+    return jnp.where(damping > 0, jnp.minimum(share, 1), 0)
+
+
 def _iterate(
     product: Linear,
     precondition: Linear,
+    damping: jax.Array,
     g: Tree,
     x: Tree,
     ax: Tree,
     *,
     tol: float,
     limit: int,
-    singular: jax.Array,
 ) -> _Iterate:
     """Preconditioned conjugate gradients for A x = g from x, where A x is known.
 
-    `best` is the last iterate, or the one of smallest residual when A is `singular`; `residual` is
-    its squared residual norm.
+    `best` is the last iterate, or the one of smallest residual without damping, when A may be
+    singular; `residual` is its squared residual norm.
     """
-    dtype = _trees.work_dtype(g)
+    dtype, singular = _trees.work_dtype(g), damping <= 0
     dot = lambda a, b: _trees.vdot(a, b, dtype)
     target = tol**2 * dot(g, g)
     rounding = _trees.size(g) * jnp.finfo(dtype).eps
@@ -208,27 +258,34 @@ def _iterate(
         length = dot(s.p, s.p)
         steepest = jnp.maximum(s.steepest, curvature / length)
         # Below rounding, the curvature of a singular A is noise: p lies in its null space.
-        null = singular & (curvature <= rounding * steepest * length)
-        broken = (curvature <= 0) | null
+        flat = singular & (curvature <= rounding * steepest * length)
+        broken = (curvature <= 0) | flat
         alpha = jnp.where(broken, 0, s.rho / jnp.where(broken, 1, curvature))
         # With negative curvature at once there is no solution yet: the preconditioned gradient.
-        escape = jnp.where((curvature < 0) & (s.count == 0) & ~null, 1, alpha)
+        escape = jnp.where((curvature < 0) & (s.count == 0) & ~flat, 1, alpha)
         x = _trees.add_scaled(s.x, escape, s.p)
         r = _trees.add_scaled(s.r, -alpha, ap)
         z = precondition(r)
         rho, residual = dot(r, z), dot(r, r)
-        better = ~singular | (residual < s.residual) | ((curvature < 0) & (s.count == 0) & ~null)
+        beta = rho / s.rho
+        seen = s.null.residual - alpha * damping * s.null.direction
+        # Residuals at rounding tell nothing more, in either direction.
+        told = jnp.maximum(residual, (1e3 * jnp.finfo(dtype).eps) ** 2 * start.residual)
+        term = jnp.where(told > 0, seen**2 * start.residual / jnp.where(told > 0, told, 1), 0)
+        null = _NullMass(seen, seen + beta * s.null.direction, s.null.total + term)
+        better = ~singular | (residual < s.residual) | ((curvature < 0) & (s.count == 0) & ~flat)
         return _Iterate(
             x=x,
             r=r,
-            p=_trees.add_scaled(z, rho / s.rho, s.p),
+            p=_trees.add_scaled(z, beta, s.p),
             rho=rho,
             best=jax.tree.map(lambda new, old: jnp.where(better, new, old), x, s.best),
             residual=jnp.where(better, residual, s.residual),
             steepest=steepest,
+            null=null,
             count=s.count + 1,
             broken=broken,
-            negative=(curvature < 0) & ~null,
+            negative=(curvature < 0) & ~flat,
         )
 
     def unfinished(s: _Iterate) -> jax.Array:
@@ -237,5 +294,7 @@ def _iterate(
     r = jax.tree.map(lambda g, ax: g - ax, g, ax)
     z, no = precondition(r), jnp.asarray(False)
     zero, count = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
-    start = _Iterate(x, r, z, dot(r, z), x, dot(r, r), zero, count, no, no)
+    one = jnp.ones((), dtype)
+    first = _NullMass(one, one, one)
+    start = _Iterate(x, r, z, dot(r, z), x, dot(r, r), zero, first, count, no, no)
     return jax.lax.while_loop(unfinished, step, start)

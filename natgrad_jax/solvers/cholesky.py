@@ -40,8 +40,9 @@ def cholesky() -> Solver:
       True
 
     Notes:
-      O(P^2) memory, O(M P^2 + P^3) work: for small models. In float32 one step of iterative
-      refinement follows, at O(P^2). Eigenvalues of a Hessian keep their sign.
+      F is made from the rows R in full: O(M P + P^2) memory, O(M P^2 + P^3) work, for small
+      models. In float32 one step of iterative refinement follows, at O(P^2). Eigenvalues of a
+      Hessian keep their sign.
     """
 
     def prepare(here: Curvature, damping: jax.Array, state: tuple[()]) -> tuple[Solve, tuple[()]]:

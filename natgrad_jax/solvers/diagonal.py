@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax import _trees
 from natgrad_jax import curvature
 from natgrad_jax.curvature import Curvature
 from natgrad_jax.solvers import _solver
@@ -46,7 +47,12 @@ def diagonal() -> Solver:
             return jnp.where(shifted == 0, 0, g / jnp.where(shifted == 0, 1, shifted))
 
         def solve(g: Tree, state: tuple[()]) -> tuple[Tree, tuple[()], Report]:
-            return jax.tree.map(divide, g, entries), state, _solver.report()
+            d = jax.tree.map(divide, g, entries)
+            unseen = jax.tree.map(lambda g, entry: jnp.where(entry == 0, g, 0), g, entries)
+            slope, outside = (_trees.vdot(x, d, here.dtype) for x in (g, unseen))
+            share = _solver.outside_share(slope - outside, slope)
+            measured = share if here.definite else _solver.NOT_MEASURED
+            return d, state, _solver.report(outside_row_space=measured)
 
         return solve, state
 

@@ -138,8 +138,11 @@ def ekfac(
             means = [b * s for b, s in zip(bias, squares, strict=True)]
             apply = functools.partial(_apply, damping)
             each = lambda parts: list(map(apply, parts, of_block, means, weights > 0))
-            d, slope = _blocks.solved(here, kronecker, g, damping, each)
-            report = _solver.report(eigen_taken=True, grad_dot_direction=slope)
+            alive = _blocks.alive(average)
+            d, slope, unseen = _blocks.solved(here, kronecker, g, damping, each, alive)
+            report = _solver.report(
+                eigen_taken=True, grad_dot_direction=slope, outside_row_space=unseen
+            )
             return d, state, report
 
         return solve, EKFACState(state.count + 1, average, tuple(bases), squares, weights)

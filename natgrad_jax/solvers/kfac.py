@@ -109,7 +109,10 @@ def kfac(
       outputs, O(p^3 + q^3) for its inverses. Until a factor's second turn its inverse is that of
       the first batch alone: let that be large, or start with more damping. Under
       :func:`exact_fisher` the factors are exact expectations, one backward pass for each output
-      column; with many take :func:`sampled_fisher`.
+      column; with many take :func:`sampled_fisher`. Directions may differ between two spellings of
+      one function, such as a physics-informed net by nested `jvp` or by `vmap(trace(hessian))`: a
+      spelling may use a weight in other places, so that positions and factors differ, while exact
+      solvers agree to rounding.
 
     References:
       Martens and Grosse, 2015, Optimizing neural networks with Kronecker-factored approximate
@@ -149,8 +152,12 @@ def kfac(
             more = (_blocks.known(average),) if exact else ()
             apply = functools.partial(_apply_exact, damping) if exact else _apply
             each = lambda parts: list(map(apply, kronecker.blocks, parts, of_block, *more))
-            d, slope = _blocks.solved(here, kronecker, g, damping, each)
-            return d, state, _solver.report(eigen_taken=exact, grad_dot_direction=slope)
+            alive = _blocks.alive(average)
+            d, slope, unseen = _blocks.solved(here, kronecker, g, damping, each, alive)
+            report = _solver.report(
+                eigen_taken=exact, grad_dot_direction=slope, outside_row_space=unseen
+            )
+            return d, state, report
 
         return solve, KFACState(state.count + 1, average, tuple(inverses))
 

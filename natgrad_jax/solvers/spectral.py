@@ -55,7 +55,8 @@ def spectral(gain: Gain | None = None) -> Solver:
 
     Notes:
       O(min(M, P)^3) with a constant many times that of Cholesky. It works in sample space when
-      M < P. For a Hessian the eigenvalues keep their sign.
+      M < P, on rows in factored form as :func:`woodbury`, and makes F from the rows in full, M x P
+      numbers, otherwise. For a Hessian the eigenvalues keep their sign.
     """
     if gain is not None and not callable(gain):
         raise TypeError(f"spectral: gain must be a function (eigenvalues, damping), got {gain!r}")

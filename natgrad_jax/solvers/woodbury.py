@@ -51,7 +51,9 @@ def woodbury() -> Solver:
       True
 
     Notes:
-      O(M^2 P + M^3) work; M^2 (p + q) for a layer of p inputs and q outputs. What lies outside the
+      O(M^2 P + M^3) work; M^2 (p + q) for a layer of p inputs and q outputs. Rows of parameters
+      that enter linearly are held in factored form, N (p + q) numbers an output column and position
+      at most (:func:`explain`), beside the O(M^2) of the Gram matrix. What lies outside the
       row space of R is only divided by the damping: `info.outside_row_space` reports its share of
       the step. Where rounding in the subtraction would be seen in the direction (g within the row
       space, small damping), the direction is corrected by its residual, for four products of R

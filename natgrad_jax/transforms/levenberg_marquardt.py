@@ -98,7 +98,8 @@ def levenberg_marquardt(
       geodesic_acceleration: for :func:`gauss_newton` metrics, adds half the second-order correction
         :math:`a = -(F + \lambda I)^{-1} J^T r''_{uu}` to the step of
         :func:`scale_by_natural_gradient` (rate 1) where ||a|| is at most 0.75 of the step's length,
-        by one jvp of a jvp and one more solve with the same factorisation.
+        by one jvp of a jvp (by differences of outputs where the model has no forward mode) and one
+        more solve with the same factorisation.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with ``update(grads, state, params, *, batch,

@@ -10,6 +10,7 @@ import optax
 from natgrad_jax import _acceleration
 from natgrad_jax import _boundary
 from natgrad_jax import _damping_scale
+from natgrad_jax import _independence
 from natgrad_jax import _random
 from natgrad_jax import _sharding
 from natgrad_jax import _trees
@@ -66,7 +67,7 @@ def scale_by_natural_gradient(
       solver: `cholesky`, `woodbury`, `cg`, `spectral` (exact), `kfac`, `ekfac`, `diagonal`,
         `block_diagonal` (approximate), or None, which chooses an exact one from static shapes.
       damping: :math:`\lambda \ge 0` in units of F, or a schedule of the update count. 0 means the
-        pseudo-inverse. ``update`` also takes ``damping=``, which goes before.
+        pseudo-inverse. ``update`` also takes ``damping=``, which replaces it.
       damping_scale: s, for parameters in different units: a tree prefix of the parameters, such
         as ``{"encoder": 1.0, "log_scale": 100.0}``, with a positive number for every leaf, its
         damping in multiples of :math:`\lambda`. "diagonal" means s = diag(F) at every update
@@ -112,10 +113,11 @@ def scale_by_natural_gradient(
       With "diagonal" a rescaling of single parameters changes nothing but the scale of their
       steps. It takes the diagonal of F at every update: from rows where the metric has them (`cg`
       would otherwise do without), by one product for each parameter where it has none. Solvers in
-      sample space (`woodbury`, `spectral`) then form dense rows, M x P numbers, as `cholesky` does
-      anyway; `kfac` and `ekfac`, which have no such thing, refuse. Of a Hessian the sizes of the
-      diagonal count. Entries that vanish, or are rounding beside the largest (a ratio of
-      (10 eps)^2), know no units: they are damped like the largest.
+      sample space (`woodbury`, `spectral`), which otherwise hold rows in factored form, then form
+      dense ones, M x P numbers, as `cholesky` does anyway; `kfac` and `ekfac`, which have no such
+      thing, refuse. Of a Hessian the sizes of the diagonal count. Entries that vanish, or are
+      rounding beside the largest (a ratio of (10 eps)^2), know no units: they are damped like the
+      largest.
 
     References:
       Amari, 1998; Marquardt, 1963, An algorithm for least-squares estimation of nonlinear
@@ -160,6 +162,9 @@ def scale_by_natural_gradient(
     ) -> tuple[Tree, ScaleByNaturalGradientState]:
         del extra_args
         _call.check(name, updates, params, batch)
+        if metric.independent:
+            filled = _boundary.fill_masked(metric, params, full_params)
+            _independence.check_claim(name, filled, params, batch)
         _damping_scale.check_prefix(name, scale, params)
         if damping is not None:
             _boundary.check_number(f"{name}: update()", "damping", damping)

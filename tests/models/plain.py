@@ -531,7 +531,7 @@ def divided_by_size(key):
     return f, p, r(N, 4)
 
 
-@specimen("a solver that JAX treats as opaque: independence cannot be shown", mixes=True)
+@specimen("a linear solve, which JAX differentiates by a rule of its own")
 def linear_solve(key):
     r = Draw(key)
     p = {"a": jnp.eye(4) + 0.1 * r(4, 4), "w": r(4, 2)}

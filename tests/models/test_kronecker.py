@@ -13,6 +13,8 @@ from natgrad_jax import examples
 from natgrad_jax.curvature import curvature
 from natgrad_jax.solvers import _kronecker
 from tests.models import convolutions as convolutions
+from tests.models import exotic as exotic
+from tests.models import exotic_control as exotic_control
 from tests.models import frameworks as frameworks
 from tests.models import oracle
 from tests.models import plain as plain

@@ -1,7 +1,5 @@
 """J3 and the whole-batch map: models whose examples mix, or depend on their place or number."""
 
-import warnings
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,18 +39,15 @@ def test_j3_products_matrices_and_solves_agree_for_batch_normalisation():
 
 def test_j3_control_rows_taken_one_by_one_are_another_matrix():
     whole, _ = oracle.quietly(ng.fisher_matrix, ng.exact_fisher(batch_norm, ng.Categorical()), P, X)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # who vouches hears nothing
-        vouched = ng.fisher_matrix(
-            ng.exact_fisher(batch_norm, ng.Categorical(), independent=True), P, X
-        )
+    claim = ng.exact_fisher(batch_norm, ng.Categorical(), independent=True)
+    with pytest.warns(UserWarning, match="independent=True at exact_fisher"):
+        vouched = ng.fisher_matrix(claim, P, X)
     assert np.linalg.norm(vouched - whole) > 0.3 * np.linalg.norm(whole)
 
 
 def opaque_but_independent(p, x):
-    """The reader knows no rule for a linear solve; each example is solved for alone."""
-    a = jnp.eye(4) + 0.1 * p["w"] @ p["w"].T
-    return jnp.linalg.solve(a, x[..., None])[..., 0] @ p["w"] * p["g"]
+    """Reversed and back again: each example is by itself, which the reader cannot show."""
+    return jnp.tanh(x[::-1] @ p["w"])[::-1] * p["g"]
 
 
 def test_vouching_gives_the_same_numbers_without_the_price():

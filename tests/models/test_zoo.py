@@ -9,6 +9,8 @@ import pytest
 
 import natgrad_jax as ng
 from tests.models import convolutions as convolutions
+from tests.models import exotic as exotic
+from tests.models import exotic_control as exotic_control
 from tests.models import frameworks as frameworks
 from tests.models import oracle
 from tests.models import plain as plain

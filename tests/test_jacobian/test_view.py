@@ -7,6 +7,7 @@ import pytest
 
 from natgrad_jax.jacobian import _jaxpr
 from natgrad_jax.jacobian import view as views
+from natgrad_jax.jacobian.primitives.registry import rule_of
 
 SHAPE = (4, 6)
 FLAT = np.arange(24)
@@ -30,12 +31,12 @@ def followed(function):
 
     def walk(program, known):
         for equation in program.equations:
-            body = _jaxpr.call_body(equation)
-            if body is not None:
+            if rule_of(equation).body is not None:
+                body = rule_of(equation).body(equation)
                 inner = dict(zip(body.inputs, (known[v] for v in equation.invars), strict=True))
                 results = walk(body, inner)
             else:
-                results = views.follow(equation, known[equation.invars[0]], [None])
+                results = rule_of(equation).view(equation, known[equation.invars[0]], [None])
             known.update(zip(equation.outvars, results, strict=True))
         return [known[v] for v in program.outputs]
 
@@ -64,4 +65,4 @@ def test_take_and_place_are_transposes(name):
 
 def test_control_what_reorders_entries_is_no_view():
     program, _ = _jaxpr.trace(lambda w: jnp.flip(w, 0), jnp.zeros(SHAPE))
-    assert views.follow(program.equations[-1], views.whole(0, SHAPE), [None]) is None
+    assert rule_of(program.equations[-1]).view is None

@@ -204,9 +204,30 @@ def test_nothing_lies_outside_a_full_row_space(name):
     assert float(info.outside_row_space) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["cg", "diagonal", "block_diagonal"])
-def test_a_share_that_is_not_measured_is_minus_one(name):
-    _, info = solve(ALL[name], np.float32(SHAPES["wide"]), np.float32(GRADIENT), 0.1)
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("rows", [SHAPES["wide"], DEFICIENT["tall"]], ids=["wide", "deficient"])
+def test_conjugate_gradients_bound_the_share_outside_and_find_it_at_the_end(rows):
+    inside = np.linalg.pinv(rows, rcond=1e-12) @ rows
+    d = damped_inverse(rows, 0.1) @ GRADIENT
+    expected = np.linalg.norm(d - inside @ d) / np.linalg.norm(d)
+    shares = [
+        float(solve(ng.cg(max_iterations=k, tol=1e-9), rows, GRADIENT, 0.1)[1].outside_row_space)
+        for k in (1, 2, 20)
+    ]
+    assert shares[0] >= shares[1] >= 0.999 * expected
+    assert shares[2] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["diagonal", "block_diagonal"])
+def test_an_approximation_tells_where_it_is_zero(name):
+    rows = np.float32(SHAPES["wide"])
+    assert float(solve(ALL[name], rows, np.float32(GRADIENT), 0.1)[1].outside_row_space) == 0
+    assert float(solve(ALL[name], 0 * rows, np.float32(GRADIENT), 0.1)[1].outside_row_space) == 1
+
+
+def test_a_share_that_is_not_measured_is_minus_one():
+    solver = ng.cg(preconditioner=ng.diagonal())
+    _, info = solve(solver, np.float32(SHAPES["wide"]), np.float32(GRADIENT), 0.1)
     assert float(info.outside_row_space) == -1
 
 

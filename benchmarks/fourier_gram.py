@@ -1,7 +1,8 @@
 """The Gram matrix of a Fourier layer over that of a dense layer of as many inputs and outputs.
 
     a multiplier of each mode, 512 inputs and outputs, N = 1024                      budget 2
-    a matrix of channels for each mode (Fourier neural operator), 64 x 8, N = 1024   budget 2
+    a matrix of channels for each mode (Fourier neural operator), 32 x 64, N = 1024  budget 2
+    the same with few channels, 64 x 8: short inner products, so that writing counts
 
 Complex weights are pairs of real parameters: with layer inputs A and output cotangents G, both
 complex, their Gram matrix is Re((A A^*) o (G G^*)). One core, float32.
@@ -71,8 +72,12 @@ def main() -> None:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     modes = {"re": draw(1, 257), "im": draw(2, 257)}
     measure("a multiplier of each mode, 512 inputs", multiplier, (512,), modes)
-    channels = {"re": draw(1, 33, 8, 8), "im": draw(2, 33, 8, 8)}
-    measure("a matrix for each mode, 64 x 8 inputs", operator, (64, 8), channels)
+    for grid, width in [(32, 64), (64, 8)]:
+        shape = (grid // 2 + 1, width, width)
+        channels = {"re": draw(1, *shape), "im": draw(2, *shape)}
+        measure(
+            f"a matrix for each mode, {grid} x {width} inputs", operator, (grid, width), channels
+        )
 
 
 if __name__ == "__main__":

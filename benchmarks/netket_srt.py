@@ -2,6 +2,7 @@
 
     srt / woodbury on empirical_fisher(centered=True), P = 100 k (MLP 307-307)      budget >= 30
     the same at P = 10 k (MLP 91-91)                                                budget >= 7
+    both on NetKet's own MLP with its log_cosh, P = 100 k and 10 k           budget >= 25 and >= 6
 
 A real positive wave function, whose logarithm the net gives. `srt` takes local energies e and
 solves with the centered rows R = (J - mean J) / sqrt(N) and 2 (e - mean e) / sqrt(N); that is
@@ -39,8 +40,24 @@ def wave_function(variables, x):
     return log_psi(variables["params"], x)
 
 
-def measure(srt, cholesky, width: int, budget: int) -> None:
-    params = _timing.mlp((INPUTS, width, width, 1), jax.random.key(0), jnp.float64)
+def own_net(width: int):
+    """Our net as NetKet applies a model: (model, parameters)."""
+    return wave_function, _timing.mlp((INPUTS, width, width, 1), jax.random.key(0), jnp.float64)
+
+
+def netket_net(width: int):
+    """NetKet's MLP with the activation of its own networks: (model, parameters)."""
+    import netket as nk
+
+    layers = {"hidden_dims": (width, width), "hidden_activations": nk.nn.log_cosh}
+    model = nk.models.MLP(**layers, param_dtype=jnp.float64)
+    variables = model.init(jax.random.key(0), jnp.ones((1, INPUTS)))
+    return model.apply, variables["params"]
+
+
+def measure(srt, cholesky, net, width: int, budget: int) -> None:
+    model, params = net(width)
+    log_psi = lambda p, x: model({"params": p}, x)
     spins = jax.random.rademacher(jax.random.key(1), (EXAMPLES, INPUTS), jnp.float64)
     energies = jax.random.normal(jax.random.key(2), (EXAMPLES,), jnp.float64)
     centered = energies - jnp.mean(energies)
@@ -55,7 +72,7 @@ def measure(srt, cholesky, width: int, budget: int) -> None:
 
     def theirs():
         return srt(
-            wave_function,
+            model,
             energies,
             params,
             {},
@@ -73,7 +90,7 @@ def measure(srt, cholesky, width: int, budget: int) -> None:
         {"woodbury": lambda: ours(params, spins, grads), "NetKet's srt": theirs}, rounds=5
     )
     _timing.print_ratios(
-        f"MLP {width}-{width}, P = {expected.size}, N = {EXAMPLES} (budget {budget} x)",
+        f"{net.__name__} {width}-{width}, P = {expected.size}, N = {EXAMPLES} (budget {budget} x)",
         times,
         "woodbury",
     )
@@ -88,8 +105,10 @@ def main() -> None:
     jax.config.update("jax_enable_x64", True)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    measure(srt, cholesky, 307, 30)
-    measure(srt, cholesky, 91, 7)
+    measure(srt, cholesky, own_net, 307, 30)
+    measure(srt, cholesky, own_net, 91, 7)
+    measure(srt, cholesky, netket_net, 307, 25)
+    measure(srt, cholesky, netket_net, 91, 6)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ class Explanation(NamedTuple):
     def _summary(self) -> str:
         how = {
             "examples": "examples are independent (shown): one pass over the batch gives all rows",
-            "vouched": "examples are independent (vouched for)",
+            "vouched": "examples are independent (claimed by `independent=True`)",
             "whole": "rows come from the whole batch, a backward pass for each",
         }[self.mode]
         why = f": {self.reason}" if self.reason else ""

@@ -31,7 +31,7 @@ def jacobian(
       batch: pytree of arrays.
       output_metric: the `OutputMetric` at the outputs of this batch.
       groups: the groups of examples of this batch.
-      independent: whether the user vouches that examples do not mix.
+      independent: whether the user claims that examples do not mix.
 
     Returns:
       A :class:`Jacobian`.

@@ -220,8 +220,8 @@ def derived_arrays(
 def warn(caller: str, reason: str) -> None:
     """The one warning of a model whose rows cannot be taken example by example."""
     warnings.warn(
-        f"{caller}: cannot show that examples are independent: {reason}. Rows are taken from the"
+        f"{caller}: cannot show that examples are independent: {reason}. Rows come from the"
         " whole batch, one backward pass for each: exact, and expensive (see `explain`). If output"
-        " row n depends on example n alone, vouch for it with `independent=True` at the metric.",
+        " row n depends on example n alone, claim it with `independent=True` at the metric.",
         stacklevel=2,
     )

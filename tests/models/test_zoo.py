@@ -1,6 +1,7 @@
 """J1 and J4 for every model of the zoo, and what `explain` says of it."""
 
 import importlib.util
+import os
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +84,17 @@ def test_explain_accounts_for_every_parameter(specimen):
     unexpected = [leaf for leaf in dense if not any(f"'{d}'" in leaf.path for d in specimen.dense)]
     assert not unexpected, str(report)
     assert str(report).count("\n") == len(report.leaves) + 2
+
+
+@pytest.mark.parametrize(
+    "specimen",
+    SPECIMENS if os.environ.get("NATGRAD_FUZZ") else SPECIMENS[::6],
+    ids=lambda s: s.name,
+)
+def test_the_certificate_holds(specimen):
+    function, params, batch = made(specimen, jnp.float32)
+    found, _ = oracle.quietly(ng.verify, ng.gauss_newton(function), params, batch)
+    assert found.ok, str(found)
 
 
 def test_nine_weight_matrices_in_ten_are_factored():

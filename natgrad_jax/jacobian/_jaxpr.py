@@ -283,11 +283,13 @@ def bind(equation: Any, *operands: jax.Array) -> list[jax.Array]:
 
 def inner_programs(equation: Any) -> list[Program]:
     """Every program among an equation's parameters."""
-    found = []
-    for value in equation.params.values():
-        candidates = value if isinstance(value, tuple | list) else [value]
-        found += [program(c) for c in candidates if hasattr(c, "eqns")]
-    return found
+    return [body for value in equation.params.values() for body in inner_programs_of(value)]
+
+
+def inner_programs_of(value: Any) -> list[Program]:
+    """The programs that one parameter of an equation holds."""
+    candidates = value if isinstance(value, tuple | list) else [value]
+    return [program(c) for c in candidates if hasattr(c, "eqns")]
 
 
 def rounding_unit(function: Callable[..., Tree], *args: Tree) -> float:

@@ -70,7 +70,7 @@ def part_of(
     if left is None:
         rows = _positions_first(rows)[:, :, :, 0] if apart else jnp.sum(rows, axis=3)
         flat = rows.reshape(*rows.shape[:2], -1)
-        q = (*(p for p in b if p[1]), *views.merged(_ordered(use.q)))
+        q = (*b, *views.merged(_ordered(use.q)))
         return Part(None, _sorted(flat, q, 2)[:, :, None, None, :])
     inputs = left(record)
     if jnp.issubdtype(inputs.dtype, jnp.integer):

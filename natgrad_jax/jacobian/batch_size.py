@@ -1,8 +1,8 @@
 """Whether a model does to one example what it does to it within a batch.
 
 Labels show that examples do not mix. A model may still know the size of its batch (a loss divided
-by N) or hold something for each place in it (a dropout mask, a counter): evaluated on one example
-alone it would be another function. Two traces at other sizes show it.
+by N) or hold something for each position in it (a dropout mask, a counter): on one example alone it
+would be another function. Traces of one example and of the batch show it.
 """
 
 from typing import Any
@@ -24,16 +24,17 @@ def is_free(model: Any, rows: list[int]) -> bool:
     """
     if len(model.groups) > 1 or model.groups[0].size is None:
         return False
+    size = model.groups[0].size
     try:
-        two, three = _traced(model, 2), _traced(model, 3)
+        one, batch = _traced(model, 1), _traced(model, size)
     except Exception:  # a model that accepts batches of its own size alone may raise anything
         return False
     n = len(model.params)
     fixed = [False] * n + [axis is not None for axis in model.groups[0].axes]
     return (
-        _has_rows(two, [2 * k for k in rows])
-        and _has_rows(three, [3 * k for k in rows])
-        and _alike(two, three, fixed) is not None
+        _has_rows(one, rows)
+        and _has_rows(batch, [size * k for k in rows])
+        and _alike(one, batch, fixed) is not None
     )
 
 
@@ -91,12 +92,35 @@ def _equations_alike(first: Any, second: Any, depends: list[bool]) -> list[bool]
     inline = rule_of(first).body
     if inline is not None:
         return _alike(inline(first), inline(second), depends)
+    if not _same_settings(first, second):
+        return None
     for a, b in zip(_jaxpr.inner_programs(first), _jaxpr.inner_programs(second), strict=True):
         if _alike(a, b, [True] * len(a.inputs)) is None:
             return None
     result = any(depends)
-    # Something with an entry for each place in the batch; the same everywhere is harmless.
+    # Something with an entry for each position in the batch; the same everywhere is harmless, until
+    # it is reduced to a number that knows how many there are.
     spreads = name == "broadcast_in_dim" or rule_of(first).entrywise
+    if not result and _jaxpr.shapes_in(first) != _jaxpr.shapes_in(second) and not spreads:
+        return None
     if not (result or spreads) and _jaxpr.shapes_out(first) != _jaxpr.shapes_out(second):
         return None
     return [result] * len(first.outvars)
+
+
+#: Settings that give sizes of results; all others are the same for every size of the batch.
+_SIZES = {"shape", "new_sizes", "slice_sizes", "limit_indices", "sizes"}
+_PLAIN = (int, float, complex, str, tuple, type(None))
+
+
+def _same_settings(first: Any, second: Any) -> bool:
+    """Whether two equations differ in sizes alone."""
+    if _jaxpr.name(first) == "scan":
+        one, two = _jaxpr.loop(first), _jaxpr.loop(second)
+        return one.length == two.length or one.num_carries == 0  # a carry knows its position
+    for key, a in first.params.items():
+        b = second.params.get(key)
+        both = isinstance(a, _PLAIN) and isinstance(b, _PLAIN)
+        if both and key not in _SIZES and not _jaxpr.inner_programs_of(a) and a != b:
+            return False
+    return True

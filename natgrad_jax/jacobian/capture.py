@@ -101,6 +101,9 @@ def _evaluate(equation: Any, operands: list[Value], tape: Tape) -> list[Value]:
         return read(rule.body(equation), operands, tape)
     if all(v.view is None for v in operands):
         return _plain(equation, operands, tape)
+    if rule.passes and len(operands) == len(equation.outvars):
+        arrays = _jaxpr.bind(equation, *arrays_of(operands))
+        return [v._replace(array=a) for v, a in zip(operands, arrays, strict=True)]
     if _ends(equation):
         return _plain(equation, [v._replace(view=None) for v in operands], tape)
     if all(v.label is None for v in operands):
@@ -190,7 +193,7 @@ def _joint(equation: Any, operands: list[Value], tape: Tape) -> list[Value]:
             raise MisfitError("meets examples that lie over two dimensions")
         if rule.use is not None and len(held) == 1:
             return _linear(equation, operands, held[0], labels[0], tape)
-        if rule.entrywise or rule.join is not None:
+        if rule.entrywise or (rule.join is not None and not rule.join(equation)[0]):
             return _at_operands(equation, operands, held, labels[0], tape)
         return _linearized(equation, operands, held, labels, tape)
     except MisfitError as misfit:
@@ -269,12 +272,17 @@ def _linearized(
     inputs = [Value(t, None, operands[i].view) for t, i in zip(tangents, held, strict=True)]
     inputs += [Value(x, v.label, None, v.known) for x, v in zip(fixed, operands, strict=True)]
     tape.linearizing += 1
-    moved = read(program, inputs, tape)
-    tape.linearizing -= 1
+    try:
+        moved = read(program, inputs, tape)
+    finally:
+        tape.linearizing -= 1
     arrays = _jaxpr.bind(equation, *arrays_of(operands))
     for i, change in zip(floating, moved, strict=True):
         if change.view is not None:
-            change = attach(change, labels[i], tape)  # type: ignore[arg-type]
+            label = labels[i]
+            if not isinstance(label, Axis):
+                raise MisfitError(f"one result of {name} holds no examples")
+            change = attach(change, label, tape)
         if change.label is not None and change.label != labels[i]:
             raise MisfitError(f"enters {name}, whose derivative mixes examples")
         arrays[i] = arrays[i] + change.array

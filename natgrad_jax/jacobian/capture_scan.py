@@ -38,7 +38,7 @@ def scan(equation: Any, operands: list[Value], tape: Tape, read: Read) -> list[V
     loop = _Scan(_jaxpr.loop(equation), operands, tape, read)
     found = loop.survey()
     failed = set(found.failed) - set(tape.failed)
-    if failed and loop.parts.length <= MAX_UNROLLED and not loop.over_examples:
+    if failed and 0 < loop.parts.length <= MAX_UNROLLED and not loop.over_examples:
         return loop.unrolled()
     return loop.run(found)
 

@@ -42,7 +42,8 @@ class Joined(NamedTuple):
         if self.axis is None:
             pairs = zip(self.units, parts, strict=True)
             signed = {bool(unit.imag): (unit.real + unit.imag) * x for unit, x in pairs}
-            return jax.lax.complex(signed[False], signed[True])
+            dtype = jnp.promote_types(*(x.dtype for x in parts))
+            return jax.lax.complex(signed[False].astype(dtype), signed[True].astype(dtype))
         return (jnp.stack if self.stacks else jnp.concatenate)(parts, axis=self.axis)
 
     def scatter(self, array: jax.Array) -> list[tuple[int, jax.Array]]:

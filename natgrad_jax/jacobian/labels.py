@@ -46,9 +46,13 @@ class Axis(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    """Examples were mixed, or may have been, by this primitive."""
+    """Examples were mixed, or may have been, by this primitive.
+
+    `summed`: the value is a sum over examples of what each gives by itself.
+    """
 
     primitive: str
+    summed: bool = False
 
 
 #: The whole value belongs to the one example there is: nothing can mix.
@@ -62,7 +66,7 @@ def join(primitive: str, labels: list[Label]) -> Label:
     known = list(dict.fromkeys(label for label in labels if label is not None))
     mixed = [label for label in known if isinstance(label, Mixed)]
     if mixed:
-        return mixed[0]
+        return mixed[0]._replace(summed=len(known) == 1 and mixed[0].summed)
     if len(known) > 1:
         return Mixed(primitive)
     return known[0] if known else None
@@ -78,6 +82,9 @@ def reshaped(label: Axis, before: Shape, after: Shape) -> Label:
     first = label.dim - 1 if label.slow else label.dim
     slower = math.prod(before[:first]) * label.outer
     size = before[label.dim] // (label.outer * label.inner) * (label.slow or 1)
+    if not size:  # of no example: any empty dimension will do
+        empty = [dim for dim, length in enumerate(after) if not length]
+        return label._replace(dim=empty[0], outer=1, inner=1, slow=0) if empty else Mixed("reshape")
     start = 1
     for dim, length in enumerate(after):
         if slower % start == 0:

@@ -123,6 +123,8 @@ class Tape:
         self.joined: dict[int, Joined] = {}
         self.contracted: dict[int, Contracted] = {}
         self.tangents: set[int] = set()
+        # Within a scan only roots from outside of it are known outside.
+        self.shared: set[int] = set(self.sources)
         self.linearizing = 0
 
     def summary(self) -> "Survey":
@@ -146,6 +148,7 @@ class Tape:
         """The tape of one pass through the body of a scan."""
         tape = Tape({}, self.opaque, probes, depth=self.depth + 1, guess=self.guess)
         tape.sources, tape.tangents = dict(self.sources), set(self.tangents)
+        tape.shared = self.shared if self.depth else set(self.sources)
         tape.linearizing = self.linearizing
         return tape
 
@@ -185,8 +188,11 @@ class Tape:
 
     def probe(self, use: Use, view: View, label: Axis, array: jax.Array) -> jax.Array:
         """Adds the probe of a new site to an array."""
-        if self.depth and view.root in self.derived:
+        if self.depth and view.root not in self.shared:
             raise MisfitError("computed from parameters within a scan")
+        copies = [*use.b, *(piece for _, pieces in view.scanned for piece in pieces)]
+        if use.left is not None and any(not stride for _, stride in copies):
+            raise MisfitError("one parameter stands for several copies")
         if view.root in self.tangents:
             raise MisfitError("enters a derivative after other parameters")
         self.sites.append(Site(use, view, label, array.shape, array.dtype))

@@ -134,7 +134,7 @@ def kfac(
         average = _blocks.start(*found)
         # Arrays of their own: a step that donates its state must not meet one twice.
         sides = [jnp.zeros(m.shape, found[1]) for own in average.moments for m in own]
-        eigen = lambda m: m if m.ndim == 2 else _symmetric.Eigen(jnp.zeros_like(m[:, 0]), m)
+        eigen = lambda m: m if m.ndim == 2 else _symmetric.Eigen(jnp.zeros(m.shape[:2], m.dtype), m)
         inverses = tuple(map(eigen, sides)) if exact else tuple(sides)
         return KFACState(jnp.zeros((), jnp.int32), average, inverses)
 

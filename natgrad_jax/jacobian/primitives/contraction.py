@@ -9,6 +9,7 @@ from natgrad_jax.jacobian import uses
 from natgrad_jax.jacobian import view as views
 from natgrad_jax.jacobian.labels import Axis
 from natgrad_jax.jacobian.labels import Label
+from natgrad_jax.jacobian.labels import join
 from natgrad_jax.jacobian.labels import move
 from natgrad_jax.jacobian.primitives.registry import Rule
 from natgrad_jax.jacobian.primitives.registry import axis
@@ -75,6 +76,23 @@ def _use(equation: Any, operands: list[Any], at: int, label: Axis) -> Use:
     return Use("dot_general", left, right, b, p, q, other.array, own=(*copies, *z_own))
 
 
+def _sums(equation: Any, labels: list[Label]) -> bool:
+    """Whether the product sums over examples, the same ones on both sides."""
+    contract, _ = _jaxpr.parameter(equation, "dimension_numbers")
+    positions = set()
+    for side, label in enumerate(labels[:2]):
+        if label is None:
+            continue
+        if not isinstance(label, Axis) or not label.is_plain or label.dim not in contract[side]:
+            return False
+        positions.add(list(contract[side]).index(label.dim))
+    return (
+        len(positions) == 1
+        and join("", labels[:2]) is not None
+        and len({label._replace(dim=0) for label in labels[:2] if isinstance(label, Axis)}) == 1
+    )
+
+
 def _ragged(equation: Any, labels: list[Label]) -> Label:
     """Examples are rows of the left operand, in groups of the same sizes for every batch."""
     numbers = _jaxpr.parameter(equation, "ragged_dot_dimension_numbers")
@@ -85,5 +103,8 @@ def _ragged(equation: Any, labels: list[Label]) -> Label:
     return move(label, label.dim - sum(d < label.dim for d in contract))
 
 
-register("dot_general", Rule(examples=one(_dot), use=_use, contracts=True))
+register(
+    "dot_general",
+    Rule(examples=one(_dot), use=_use, contracts=True, linear=True, sums=_sums),
+)
 register("ragged_dot_general", Rule(examples=one(_ragged)))

@@ -52,10 +52,10 @@ def _derivative_keeps(equation: Any, labels: list[Label], found: list[Label]) ->
         ends = propagate_through(program, given + labels)
     finally:
         _in_derivative.reset(token)
-    # Backwards, what all examples share collects from all of them.
-    collects = lambda label: label is None and wanted is before
+    # Backwards, what all examples share collects a sum over all of them.
+    collects = lambda end: wanted is before and isinstance(end, Mixed) and end.summed
     return all(
-        collects(label) or join("", [end, label]) == label
+        (label is None and collects(end)) or join("", [end, label]) == label
         for end, label in zip(ends, wanted, strict=True)
     )
 
@@ -113,7 +113,8 @@ def scan_labels(loop: _jaxpr.Loop, labels: list[Label]) -> tuple[list[Label], li
 
 def depth_of(labels: list[Label]) -> int:
     """A number for the passes of a loop that no label among its operands bears."""
-    return sum(isinstance(h, Pass) for x in labels if isinstance(x, Axis) for h in x.held)
+    held = [h for x in labels if isinstance(x, Axis) for h in x.held]
+    return 1 + max((h.depth for h in held if isinstance(h, Pass)), default=-1)
 
 
 def _of_pass(label: Label, depth: int) -> bool:
@@ -179,4 +180,4 @@ register("custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr", Rule(examples=
 register("cond", Rule(examples=_cond, linearize=False))
 register("while", Rule(examples=_while, linearize=False))
 register("scan", Rule(examples=_scan, loops=True))
-register("optimization_barrier", Rule(examples=_barrier))
+register("optimization_barrier", Rule(examples=_barrier, passes=True))

@@ -79,7 +79,7 @@ RULE = Rule(examples=examples, entrywise=True)
 
 register(
     """
-    abs acos acosh add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz
+    abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz
     cos cosh digamma eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a
     igammac integer_pow is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mulhi ne
     nextafter not one_minus_square or polygamma population_count pow random_gamma_grad
@@ -89,22 +89,25 @@ register(
     RULE,
 )
 # Re + 1j * Im of two real parameters, as `lax.complex` makes it.
-register("add", RULE._replace(complex_parts=(1, 1)))
-register("sub", RULE._replace(complex_parts=(1, -1)))
-register("mul div", RULE._replace(scale=_multiple))
-register("neg", RULE._replace(scale=_negative))
+register("add", RULE._replace(complex_parts=(1, 1), linear=True))
+register("sub", RULE._replace(complex_parts=(1, -1), linear=True))
+register("mul", RULE._replace(scale=_multiple, linear=True))
+register("div", RULE._replace(scale=_multiple, linear="first"))
+register("add_any", RULE._replace(linear=True))
+register("neg", RULE._replace(scale=_negative, linear=True))
 # What changes the representation of entries, or nothing at all, leaves a view a view.
 register(
     "convert_element_type",
-    RULE._replace(view=_same_view, origin=_same_place),
+    RULE._replace(view=_same_view, origin=_same_place, linear=True),
 )
 register(
     """
     copy copy_p name reduce_precision sharding_constraint layout_constraint pvary pcast mesh_cast
-    reshard device_put
+    reshard
     """,
-    RULE._replace(view=_same_view),
+    RULE._replace(view=_same_view, linear=True),
 )
+register("device_put", Rule(examples=lambda equation, labels, known: labels, passes=True))
 # Keys are whole examples here: the dimensions of key data come last.
 register("threefry2x32", Rule(examples=examples))
 # Coefficients are numbers: they may not be spread over the shape of the argument.

@@ -36,6 +36,7 @@ def _gather(equation: Any, labels: list[Label], known: list[Any]) -> Label:
     require(not any(isinstance(x, Mixed) or (x is not None and x.slow) for x in labels))
     found: list[Label] = []
     if isinstance(labels[1], Axis):
+        require(labels[1].dim < len(batched))
         found.append(move(labels[1], batched[labels[1].dim]))
     label = labels[0]
     if isinstance(label, Axis):
@@ -117,12 +118,12 @@ def _use(equation: Any, operands: list[Any], at: int, label: Axis) -> Use:
     if any(sizes[d] != 1 or d not in numbers.start_index_map for d in chosen):
         raise MisfitError("a gather of windows of the parameter")
     table = views.merged(views.joined(view, chosen))
-    if len(table) != 1:
+    if len(table) != 1 or not table[0][1]:
         raise MisfitError("a gather along dimensions that are not neighbours")
     rank = len(_jaxpr.shapes_out(equation)[0])
     positions = tuple(d for d in range(rank) if d not in numbers.offset_dims)
     window = [d for d in range(len(full)) if d not in numbers.collapsed_slice_dims]
-    drops = "FILL" in str(mode).upper() or "DROP" in str(mode).upper()
+    drops = "CLIP" not in str(mode).upper()  # as its transpose, a scatter, drops them
     i_label = indices.label
     axes = tuple(range(indices.array.ndim - 1))
 

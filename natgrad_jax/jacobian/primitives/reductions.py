@@ -3,6 +3,7 @@
 from typing import Any
 
 from natgrad_jax.jacobian import _jaxpr
+from natgrad_jax.jacobian.labels import Axis
 from natgrad_jax.jacobian.labels import Label
 from natgrad_jax.jacobian.labels import move
 from natgrad_jax.jacobian.primitives.registry import Examples
@@ -28,6 +29,16 @@ def _removing(key: str) -> Examples:
     return one(rule)
 
 
+def _sums(equation: Any, labels: list[Label]) -> bool:
+    """Whether examples along one dimension are summed, and nothing else happened to them."""
+    (label,) = labels
+    return (
+        isinstance(label, Axis)
+        and label.is_plain
+        and label.dim in _jaxpr.parameter(equation, "axes")
+    )
+
+
 def _top(equation: Any, labels: list[Label], known: list[Any]) -> list[Label]:
     rule = over("axis") if "axis" in equation.params else leading(1)
     return rule(equation, labels, known)
@@ -46,10 +57,11 @@ def _window(equation: Any, labels: list[Label]) -> Label:
 
 register(
     """
-    reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin
+    reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin
     """,
     Rule(examples=_removing("axes")),
 )
+register("reduce_sum", Rule(examples=_removing("axes"), linear=True, sums=_sums))
 register("reduce", Rule(examples=_removing("dimensions")))
 register("cumsum cumprod cummax cummin cumlogsumexp", Rule(examples=over("axis")))
 register("sort", Rule(examples=over("dimension")))

@@ -44,6 +44,9 @@ class Rule(NamedTuple):
         followed to where the product enters.
       linearize: whether the program of its derivative is of simpler equations than itself.
       loops: whether it is a scan.
+      passes: whether each result is the operand of the same number.
+      linear: whether it is linear in each operand, or in the first alone ("first").
+      sums: whether it may sum over examples: (equation, labels) -> whether it does just that.
     """
 
     examples: Examples | None = None
@@ -59,6 +62,9 @@ class Rule(NamedTuple):
     contracts: bool = False
     linearize: bool = True
     loops: bool = False
+    passes: bool = False
+    linear: bool | str = False
+    sums: Callable[[Any, list[Label]], bool] | None = None
 
 
 class BlendError(Exception):
@@ -114,7 +120,19 @@ def propagate(equation: Any, labels: list[Label], known: list[Any] | None = None
             return rule.examples(equation, labels, known or [None] * len(labels))
     except BlendError:
         pass
-    return [next((x for x in present if isinstance(x, Mixed)), Mixed(name))] * count
+    return [_blended(equation, rule, labels, present)] * count
+
+
+def _blended(equation: Any, rule: Rule, labels: list[Label], present: list[Label]) -> Mixed:
+    """The label of mixed examples, which says where they are a sum over examples and no more."""
+    mixed = [label for label in present if isinstance(label, Mixed)]
+    if not mixed:
+        own = Mixed(_jaxpr.name(equation))
+        return own._replace(summed=rule.sums is not None and rule.sums(equation, labels))
+    alone = len(present) == 1 and (rule.linear is True or labels[0] is not None)
+    together = _jaxpr.name(equation) in ("add", "add_any", "sub") and len(present) == len(labels)
+    stays = all(label.summed for label in mixed) and len(mixed) == len(present)
+    return mixed[0]._replace(summed=stays and bool(rule.linear) and (alone or together))
 
 
 def propagate_through(program: _jaxpr.Program, labels: list[Label]) -> list[Label]:

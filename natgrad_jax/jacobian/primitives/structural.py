@@ -118,17 +118,27 @@ def _pad_examples(equation: Any, labels: list[Label]) -> Label:
 
 register(
     "reshape",
-    Rule(examples=one(_reshape_examples), view=_reshape_view, origin=_same_but_ones),
+    Rule(examples=one(_reshape_examples), view=_reshape_view, origin=_same_but_ones, linear=True),
 )
 register(
     "transpose",
-    Rule(examples=one(_transpose_examples), view=_transpose_view, origin=_transpose_dims),
+    Rule(
+        examples=one(_transpose_examples), view=_transpose_view, origin=_transpose_dims, linear=True
+    ),
 )
 register(
-    "squeeze", Rule(examples=one(_squeeze_examples), view=_squeeze_view, origin=_same_but_ones)
+    "squeeze",
+    Rule(
+        examples=one(_squeeze_examples),
+        view=_squeeze_view,
+        origin=_same_but_ones,
+        linear=True,
+    ),
 )
-register("broadcast_in_dim", Rule(examples=one(_broadcast_examples), view=_broadcast_view))
-register("expand_dims", Rule(examples=one(_expand_examples), origin=_same_but_ones))
+register(
+    "broadcast_in_dim", Rule(examples=one(_broadcast_examples), view=_broadcast_view, linear=True)
+)
+register("expand_dims", Rule(examples=one(_expand_examples), origin=_same_but_ones, linear=True))
 register("rev", Rule(examples=over("dimensions")))
 register("tile", Rule(examples=one(_tile_examples), view=_tile_view))
 register("pad", Rule(examples=one(_pad_examples)))

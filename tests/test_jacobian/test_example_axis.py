@@ -107,4 +107,4 @@ def test_examples_are_followed(name):
 def test_mixing_is_found(name):
     label, _ = label_of(MIXING[name])
     assert isinstance(label, Mixed)
-    assert join("", [label, Axis(0)]) == label
+    assert join("", [label, Axis(0)]) == Mixed(label.primitive)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+import natgrad_jax as ng
 from tests.models import oracle
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -115,3 +116,17 @@ def test_random_compositions_have_the_rows_of_reverse_mode(layers, pool):
     rows, results = oracle.compiled(everything, params, x, v, u)
     expected = oracle.expected_results(np.asarray(rows), params, v, u)
     oracle.assert_same(results, expected, 1e-10)
+
+
+def test_a_net_of_all_layers_is_verified():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: 0.5 * jnp.asarray(rng.normal(size=shape))
+    params, x = {"m": draw(D, D), "t": draw(T, T), "v": draw(D), "k": draw(2, D, D)}, draw(4, T, D)
+
+    def model(p, x):
+        for layer in LAYERS:
+            x = layer(p, x)
+        return x.reshape(x.shape[0], -1)
+
+    found = ng.verify(ng.gauss_newton(model), params, x)
+    assert found.ok, str(found)

@@ -24,6 +24,7 @@ from natgrad_jax.jacobian import parts as rows_found
 from natgrad_jax.jacobian import plan
 from natgrad_jax.jacobian import reader
 from natgrad_jax.jacobian import view as views
+from natgrad_jax.jacobian._jaxpr import has_forward_mode
 from natgrad_jax.jacobian.assemble import Placed
 from natgrad_jax.jacobian.blocks import Bias
 from natgrad_jax.jacobian.blocks import Block
@@ -112,12 +113,24 @@ def kronecker(
     model = plan.flatten(caller, function, params, batch, groups)
     if weighted:
         model = plan.with_rows_as_examples(model)
-    made = plan.plan(model, output_metric.coefficients, independent)
     dtype = _trees.work_dtype(params)
+
+    def read() -> tuple[Plan, list[Placed]]:
+        made = plan.plan(model, output_metric.coefficients, independent)
+        if made.reason is not None:
+            return made, _one_pass(model, made, output_metric, dtype)
+        return rows_found.parts_of(model, made, output_metric, dtype)
+
+    try:
+        made, entries = read()
+    except Exception:
+        if has_forward_mode(model.function, model.params, model.batch):
+            raise  # nothing here is a rule of the user's
+        # JAX 0.10 may find a derivative rule that was batched before in its caches, and lose where
+        # its examples lie ("Store empty"). Blocks must be those of the first step: read afresh.
+        jax.clear_caches()
+        made, entries = read()
     apart = made.reason is not None
-    entries = _one_pass(model, made, output_metric, dtype) if apart else []
-    if not apart:
-        made, entries = rows_found.parts_of(model, made, output_metric, dtype)
     entries = [real for entry in entries for real in _real(entry, made.readings[0].joined)]
     joined = {root: j for root, j in made.readings[0].joined.items() if not j.units}
     # The order of parameters, not that of equations: it must not depend on the batch.

@@ -54,7 +54,7 @@ def contracted_by(equation: Any, operands: list[Any]) -> Contracted | None:
     rest = [d for d in range(other.ndim) if d not in others]
     free = tuple(d for d in range(len(view.dims)) if d not in contract[at])
     shape = _jaxpr.shapes_out(equation)[0]
-    constant = other.transpose([*rest, *others])
+    constant = jax.lax.transpose(other, (*rest, *others))
     return Contracted(view, constant, tuple(contract[at]), free, shape, at == 0)
 
 

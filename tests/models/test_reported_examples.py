@@ -60,6 +60,8 @@ INDEPENDENT = {
 }
 
 
+# JAX 0.7 itself casts cotangents of complex constants in its reverse mode.
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
 @pytest.mark.parametrize("size", [pytest.param(16, marks=pytest.mark.smoke), 13])
 @pytest.mark.parametrize("name", INDEPENDENT)
 def test_examples_are_independent_and_shown_so(name, size):

@@ -115,21 +115,7 @@ def kronecker(
         model = plan.with_rows_as_examples(model)
     dtype = _trees.work_dtype(params)
 
-    def read() -> tuple[Plan, list[Placed]]:
-        made = plan.plan(model, output_metric.coefficients, independent)
-        if made.reason is not None:
-            return made, _one_pass(model, made, output_metric, dtype)
-        return rows_found.parts_of(model, made, output_metric, dtype)
-
-    try:
-        made, entries = read()
-    except Exception:
-        if has_forward_mode(model.function, model.params, model.batch):
-            raise  # nothing here is a rule of the user's
-        # JAX 0.10 may find a derivative rule that was batched before in its caches, and lose where
-        # its examples lie ("Store empty"). Blocks must be those of the first step: read afresh.
-        jax.clear_caches()
-        made, entries = read()
+    made, entries = _found(model, output_metric, independent, dtype)
     apart = made.reason is not None
     entries = [real for entry in entries for real in _real(entry, made.readings[0].joined)]
     joined = {root: j for root, j in made.readings[0].joined.items() if not j.units}
@@ -156,6 +142,31 @@ def kronecker(
         for b in blocks
     ]
     return Kronecker(blocks, uses, split, merge, covers, apart, leaves, joined)
+
+
+def _found(
+    model: Model, output_metric: Any, independent: bool | None, dtype: Any
+) -> tuple[Plan, list[Placed]]:
+    """How the rows of a model are taken, and what was found.
+
+    JAX 0.10 may find a derivative rule that was batched before in its caches, and lose where its
+    examples lie ("Store empty"). Blocks must be those of the first step: the model then is read
+    afresh.
+    """
+
+    def read() -> tuple[Plan, list[Placed]]:
+        made = plan.plan(model, output_metric.coefficients, independent)
+        if made.reason is not None:
+            return made, _one_pass(model, made, output_metric, dtype)
+        return rows_found.parts_of(model, made, output_metric, dtype)
+
+    try:
+        return read()
+    except Exception:
+        if has_forward_mode(model.function, model.params, model.batch):
+            raise  # nothing here is a rule of the user's
+        jax.clear_caches()
+        return read()
 
 
 def _real(entry: Placed, joined: dict[int, Joined]) -> list[Placed]:

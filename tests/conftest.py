@@ -3,14 +3,21 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 
-# The backend reads these once, when JAX first starts it. Compilation dominates: a fifth of it is
-# spent on code that runs once.
+# The backend reads these once, when JAX first starts it. Compilation dominates, of code that runs
+# once: without optimisation and with XLA's older emitters of fused loops it takes a quarter of the
+# time. Doctests and notebooks run with XLA's defaults. Newer versions end at a flag that is gone.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
+        "--xla_cpu_use_fusion_emitters=false"
+        if [int(n) for n in version("jaxlib").split(".")[:2]] < [0, 11]
+        else "",
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_llvm_disable_expensive_passes=true",
     ]
 ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

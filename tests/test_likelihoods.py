@@ -874,7 +874,7 @@ KEY = np.zeros((2,), np.uint32)
             r"Normal.log_prob: outputs of shape \(3, 2\) need .* \(3, 2\), got .* \(3, 1\)",
         ),
         (
-            lambda: Categorical().log_prob(ZEROS, ZEROS),
+            lambda: Categorical().log_prob(ZEROS, LABELS[:, None] + np.zeros((1, 2), np.int32)),
             ValueError,
             r"Categorical.log_prob: outputs of shape \(3, 2\) need .* \(3,\), got .* \(3, 2\)",
         ),

@@ -65,6 +65,20 @@ def _draw(likelihood: Likelihood, outputs: Tree, key: jax.Array, num_samples: in
     return targets
 
 
+def has_exact_fisher(likelihood: Likelihood, outputs: Tree) -> bool:
+    """Whether the likelihood has an exact Fisher matrix at such outputs."""
+    try:
+        jax.eval_shape(likelihood.fisher_product, outputs, outputs)
+    except reading.NoDivergenceError:
+        return False
+    return True
+
+
+def distance_key() -> jax.Array:
+    """The key of samples that measure distances; threefry, which every distribution can draw by."""
+    return jax.random.key(1998, impl="threefry2x32")
+
+
 def score_columns(root: Tree, scores: Tree) -> tuple[Callable[[Tree], Tree], Tree]:
     """B u = sum_s g_s u_s / sqrt(S), and the shapes of u: one leaf (L, S) for each distinct L."""
     leaves, treedef = jax.tree.flatten(scores)

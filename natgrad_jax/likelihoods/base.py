@@ -44,9 +44,7 @@ class Likelihood:
 
     def log_prob(self, outputs: Tree, targets: Tree) -> jax.Array:
         """Log-probability of the targets in nats, (N,), summed over trailing positions."""
-        raise TypeError(
-            f"{reading.call(self, 'log_prob')}: a Likelihood must implement `log_prob`"
-        )
+        raise TypeError(f"{reading.call(self, 'log_prob')}: a Likelihood must implement `log_prob`")
 
     def sample(self, key: jax.Array, outputs: Tree) -> Tree:
         """Targets drawn from the model with a `jax.random` key, as `log_prob` takes them."""

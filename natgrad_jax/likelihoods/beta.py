@@ -72,15 +72,16 @@ class Beta(ClosedForm):
     def _kl(self, p: Any, q: Any, c: Any) -> jax.Array:
         (z_p, s_p), (z_q, s_q) = ((p, c), (q, c)) if c is not None else (p, q)
         ends = lambda z, s: (log_sigmoid(z) + s, log_sigmoid(-z) + s)
-        parts = [special.gammaln_bregman(a, b) for a, b in zip(ends(z_p, s_p), ends(z_q, s_q))]
+        pairs = zip(ends(z_p, s_p), ends(z_q, s_q), strict=True)
+        parts = [special.gammaln_bregman(a, b) for a, b in pairs]
         return parts[0] + parts[1] - special.gammaln_bregman(s_p, s_q)
 
     def _sample(self, key: jax.Array, z: Any, c: Any) -> jax.Array:
         z, s = (z[0], z[1]) if c is None else (z, c)
         one, two = jax.random.split(key)
         # By logarithms: for small a and b both gamma variates are below any floating point number.
-        log_a = jax.random.loggamma(one, special.argument(log_sigmoid(z) + s))
-        log_b = jax.random.loggamma(two, special.argument(log_sigmoid(-z) + s))
+        log_a = jax.random.loggamma(one, special.argument(log_sigmoid(z) + s), dtype=z.dtype)
+        log_b = jax.random.loggamma(two, special.argument(log_sigmoid(-z) + s), dtype=z.dtype)
         # A share that rounds to 0 or 1 has no density: the nearest that has.
         info = jnp.finfo(z.dtype)
         return jnp.clip(sigmoid(log_a - log_b), info.tiny, 1 - info.epsneg)

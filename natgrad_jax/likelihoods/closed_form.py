@@ -27,14 +27,17 @@ class ClosedForm(Likelihood):
     _information: Callable[..., Tree]
 
     def log_prob(self, outputs: Tree, targets: Tree) -> jax.Array:
+        """Log-probability of the targets in nats, (N,), summed over trailing positions."""
         call = reading.call(self, "log_prob")
         z, c = self._parameters(call, outputs)
         return reading.sum_trailing(self._log_prob(z, self._read_targets(call, z, targets), c))
 
     def sample(self, key: jax.Array, outputs: Tree) -> Tree:
+        """Targets drawn from the model, as `log_prob` takes them."""
         return self._sample(key, *self._parameters(reading.call(self, "sample"), outputs))
 
     def kl(self, outputs_p: Tree, outputs_q: Tree) -> jax.Array:
+        """KL[p || q] in nats, (N,), summed over trailing positions."""
         if self._kl is None:
             return super().kl(outputs_p, outputs_q)
         call = reading.call(self, "kl")
@@ -44,12 +47,14 @@ class ClosedForm(Likelihood):
         return reading.sum_trailing(self._kl(p, q, self._constant(call, p)))
 
     def fisher_product(self, outputs: Tree, tangents: Tree) -> Tree:
+        """M_n v_n for every row, in closed form."""
         call = reading.call(self, "fisher_product")
         z, c = self._parameters(call, outputs)
         z, v = reading.operands(call, z, tangents)
         return self._fisher(z, v, c)
 
     def fisher_factor_product(self, outputs: Tree, coefficients: Tree) -> Tree:
+        """B_n u_n for every row, in closed form."""
         call = reading.call(self, "fisher_factor_product")
         z, c = self._parameters(call, outputs)
         z, u = reading.operands(call, z, coefficients)

@@ -27,7 +27,6 @@ def mean_over_counts(
     \mathrm{asinh} \sqrt{y / r}`, in which the distribution has unit width whatever its mean exp(z)
     and r = exp(s), by Gauss and Legendre's rule over where it has mass.
     """
-    points, weights = np.polynomial.legendre.leggauss(_NODES)
     spread = jnp.maximum(special.argument(s), 1)
     root = jnp.sqrt(spread)
     at = lambda y: 2 * root * jnp.arcsinh(jnp.sqrt(y / spread))
@@ -36,22 +35,29 @@ def mean_over_counts(
     low = jnp.maximum(begin, middle - 9 - 40 / root)
     high = jnp.maximum(low, middle + 9 - jnp.minimum(s, 0))
 
-    def node(total: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        point, weight = pair
-        t = low + 0.5 * (high - low) * (1 + point)
-        sinh = jnp.sinh(0.5 * t / root)
-        y = spread * sinh * sinh
-        slope = jnp.sqrt(y * (1 + y / spread))
-        return total + weight * 0.5 * (high - low) * slope * density(y), None
+    width = high - low
 
-    def count(total: jax.Array, y: jax.Array) -> tuple[jax.Array, None]:
-        return total + density(jnp.broadcast_to(y, z.shape)), None
+    def add(total: jax.Array, rule: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        point, weight, count, of_count = rule
+        sinh = jnp.sinh(0.5 * (low + 0.5 * width * (1 + point)) / root)
+        y = jnp.where(of_count, count, spread * sinh * sinh)
+        slope = 0.5 * width * jnp.sqrt(y * (1 + y / spread))
+        return total + jnp.where(of_count, weight, weight * slope) * density(y), None
 
-    counts = jnp.arange(_SUMMED, dtype=z.dtype)
-    nodes = jnp.asarray(points, z.dtype), jnp.asarray(weights, z.dtype)
-    total, _ = jax.lax.scan(node, jnp.zeros_like(z), nodes)
-    total, _ = jax.lax.scan(count, total, counts)
-    f = [density(jnp.full_like(z, _SUMMED + k)) for k in (-2, -1, 0, 1)]
-    first = (27 * (f[2] - f[1]) - (f[3] - f[0])) / 24
-    third = f[3] - f[0] - 3 * (f[2] - f[1])
-    return total + first / 24 - 7 * third / 5760
+    return jax.lax.scan(add, jnp.zeros_like(z), _rule(z.dtype))[0]
+
+
+def _rule(dtype: jnp.dtype) -> tuple[jax.Array, ...]:
+    """Nodes of the integral and counts in one list, so that the density is compiled once."""
+    points, weights = np.polynomial.legendre.leggauss(_NODES)
+    of_counts = np.concatenate([np.ones(_SUMMED), np.zeros(2)])
+    # Derivatives halfway between the last counts that are summed and those that are not.
+    first, third = np.array([1, -27, 27, -1]) / 24, np.array([-1, 3, -3, 1])
+    of_counts[-4:] += first / 24 - 7 * third / 5760
+    nothing = np.zeros(len(of_counts))
+    return (
+        jnp.asarray(np.concatenate([points, nothing]), dtype),
+        jnp.asarray(np.concatenate([weights, of_counts]), dtype),
+        jnp.asarray(np.concatenate([0 * points, np.arange(len(of_counts))]), dtype),
+        jnp.asarray(np.concatenate([0 * points, 1 + nothing]) > 0),
+    )

@@ -66,12 +66,14 @@ class Gamma(ClosedForm):
         if c is not None:
             return special.argument(c) * expm1_gap(p - q)
         # The part of the means, and that of the shapes at one mean.
-        return special.argument(q[1]) * expm1_gap(p[0] - q[0]) + special.shape_divergence(p[1], q[1])
+        return special.argument(q[1]) * expm1_gap(p[0] - q[0]) + special.shape_divergence(
+            p[1], q[1]
+        )
 
     def _sample(self, key: jax.Array, z: Any, c: Any) -> jax.Array:
         m, s = (z[0], z[1]) if c is None else (z, c)
         # By its logarithm: for a small shape draws are below any floating point number.
-        return jnp.exp(jax.random.loggamma(key, special.argument(s)) - s + m)
+        return jnp.exp(jax.random.loggamma(key, special.argument(s), dtype=s.dtype) - s + m)
 
     def _information(self, z: Any, c: Any) -> Any:
         if c is not None:

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from natgrad_jax.likelihoods import reading
 from natgrad_jax.likelihoods import special
-from natgrad_jax.likelihoods.arithmetic import expm1_gap
 from natgrad_jax.likelihoods.arithmetic import log1p_gap
 from natgrad_jax.likelihoods.arithmetic import log_sigmoid
 from natgrad_jax.likelihoods.arithmetic import sigmoid
@@ -19,7 +18,7 @@ from natgrad_jax.likelihoods.count_mean import mean_over_counts
 
 
 class NegativeBinomial(ClosedForm):
-    r"""Counts of mean :math:`\mu` and variance :math:`\mu + \alpha \mu^2`, :math:`\alpha` the dispersion.
+    r"""Counts of mean :math:`\mu`, variance :math:`\mu + \alpha \mu^2`, dispersion :math:`\alpha`.
 
     .. math::
         p(y) = \frac{\Gamma(y + r)}{\Gamma(r) \, y!} \Big(\frac{r}{r + \mu}\Big)^r
@@ -41,7 +40,8 @@ class NegativeBinomial(ClosedForm):
 
     Examples:
       >>> import jax.numpy as jnp, natgrad_jax as ng
-      >>> ng.NegativeBinomial(dispersion=1.0).fisher_product(jnp.zeros((1,)), jnp.ones((1,))).tolist()
+      >>> counts = ng.NegativeBinomial(dispersion=1.0)
+      >>> counts.fisher_product(jnp.zeros((1,)), jnp.ones((1,))).tolist()
       [0.5]
 
     Notes:
@@ -74,6 +74,7 @@ class NegativeBinomial(ClosedForm):
         return _log_prob(tuple(z), y, ()) if c is None else _log_prob_of_mean((z,), y, (c,))
 
     def kl(self, outputs_p: Any, outputs_q: Any) -> jax.Array:
+        """KL divergence of a fixed dispersion, (N,)."""
         if self.dispersion is None:
             raise reading.NoDivergenceError(self, "it has no closed form for two dispersions")
         return super().kl(outputs_p, outputs_q)
@@ -85,7 +86,7 @@ class NegativeBinomial(ClosedForm):
         z, s = (z[0], -z[1]) if c is None else (z, c)
         rate, count = jax.random.split(key)
         # A Poisson count of gamma rate; by its logarithm, which may be far below any number.
-        log_rate = jax.random.loggamma(rate, special.argument(s)) - s + z
+        log_rate = jax.random.loggamma(rate, special.argument(s), dtype=s.dtype) - s + z
         return jax.random.poisson(count, jnp.exp(log_rate), dtype=jnp.int32)
 
     def _information(self, z: Any, c: Any) -> Any:

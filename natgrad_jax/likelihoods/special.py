@@ -32,6 +32,11 @@ def argument(s: jax.Array) -> jax.Array:
     return jnp.exp(jnp.clip(s, -80, 80))
 
 
+def shifts(x: jax.Array, number: int = SHIFTS, step: int = 1) -> jax.Array:
+    """x, x + 1, x + 2, ... along a new last axis."""
+    return x[..., None] + step * jnp.arange(number, dtype=x.dtype).reshape((1,) * x.ndim + (-1,))
+
+
 def _series(coefficients: list[float], inverse: jax.Array) -> jax.Array:
     """sum_k c_k / x^(2 k), k = 0, 1, ..."""
     square = inverse * inverse
@@ -61,9 +66,7 @@ def digamma_gap(s: jax.Array) -> jax.Array:
     x = argument(s)
     far = 1 / (x + SHIFTS)
     total = (x * far) * (0.5 + far * _series(_DIGAMMA, far))
-    for k in range(SHIFTS):
-        total = total + x * log1p_gap(1 / (x + k))
-    return total
+    return total + jnp.sum(x[..., None] * log1p_gap(1 / shifts(x)), axis=-1)
 
 
 @digamma_gap.defjvp
@@ -79,10 +82,8 @@ def trigamma_gap(s: jax.Array) -> jax.Array:
     far = 1 / (x + SHIFTS)
     slopes = [2 * k * c for k, c in enumerate(_DIGAMMA, start=1)]
     total = (x * far) ** 2 * (0.5 + far * _series(slopes, far))
-    for k in range(SHIFTS):
-        ratio = x / (x + k)
-        total = total + ratio * ratio / (x + k + 1)
-    return total
+    ratio = x[..., None] / shifts(x)
+    return total + jnp.sum(ratio * ratio / (shifts(x) + 1), axis=-1)
 
 
 def digamma_rise(s: jax.Array, y: jax.Array) -> jax.Array:
@@ -94,10 +95,8 @@ def digamma_rise(s: jax.Array, y: jax.Array) -> jax.Array:
     tail = lambda inverse: inverse * inverse * _series(_DIGAMMA, inverse)
     total = x * (0.5 * y * near * far + tail(near) - tail(far))
     small = jnp.where(shifted, x, 1)
-    for k in range(SHIFTS):
-        step = log1p_gap(1 / (small + k)) - log1p_gap(1 / (small + k + y))
-        total = total + jnp.where(shifted, small * step, 0)
-    return total
+    steps = log1p_gap(1 / shifts(small)) - log1p_gap(1 / (shifts(small) + y[..., None]))
+    return total + jnp.where(shifted, jnp.sum(small[..., None] * steps, axis=-1), 0)
 
 
 def gammaln_bregman(p: jax.Array, q: jax.Array) -> jax.Array:
@@ -118,9 +117,8 @@ def shape_divergence(p: jax.Array, q: jax.Array) -> jax.Array:
     large = jnp.minimum(x, x + h) >= SHIFTS
     far = jnp.where(large, x, x + SHIFTS)
     u = h / far
-    shifted = entropy(jnp.log1p(u), far + h) - entropy(gap, x + h)
-    for k in range(SHIFTS):
-        shifted = shifted + log1p_gap(h / (x + k))
+    shifted = jnp.sum(log1p_gap(h[..., None] / shifts(x)), axis=-1)
+    shifted = shifted + entropy(jnp.log1p(u), far + h) - entropy(gap, x + h)
     rest = 0.5 * log1p_gap(u) + _stirling_bregman(far, u)
     return rest + jnp.where(large, 0, shifted)
 

@@ -81,7 +81,9 @@ class StudentT(ClosedForm):
         normal, mixing = jax.random.split(key)
         noise = jax.random.normal(normal, z[0].shape, z[0].dtype)
         # chi^2 / df by its logarithm: it is below any floating point number for small df.
-        log_ratio = jax.random.loggamma(mixing, 0.5 * special.argument(s)) - (s - math.log(2))
+        log_ratio = jax.random.loggamma(mixing, 0.5 * special.argument(s), dtype=s.dtype) - (
+            s - math.log(2)
+        )
         return z[0] + noise * jnp.exp(z[1] - 0.5 * log_ratio)
 
     def _information(self, z: Any, c: Any) -> Any:
@@ -120,11 +122,10 @@ def _of_df(nu: jax.Array) -> jax.Array:
     leading = (7 + i * (2 - i * (4 + 3 * i))) / (2 * (1 + i) * (1 + 3 * i))
     total = (nu * i) ** 2 * i * i * (leading + i * i * i * series)
     bounded = jnp.minimum(nu, _LARGE)
-    for j in range(_STEPS):
-        w = bounded + 2 * j
-        rational = (30 + w * (66 + 28 * w)) / ((w + 1) ** 2 * (w + 2) * (w + 3) * (w + 5))
-        total = total + jnp.where(small, (bounded / w) ** 2 * rational, 0)
-    return total
+    w = special.shifts(bounded, _STEPS, 2)
+    rational = (30 + w * (66 + 28 * w)) / ((w + 1) ** 2 * (w + 2) * (w + 3) * (w + 5))
+    steps = jnp.sum((bounded[..., None] / w) ** 2 * rational, axis=-1)
+    return total + jnp.where(small, steps, 0)
 
 
 def _squares(u: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

@@ -31,7 +31,7 @@ def mean_over_counts(
     root = jnp.sqrt(spread)
     at = lambda y: 2 * root * jnp.arcsinh(jnp.sqrt(y / spread))
     begin = at(jnp.full_like(z, _SUMMED - 0.5))
-    middle = at(special.argument(jnp.minimum(z, 70)))
+    middle = at(special.argument(z))
     low = jnp.maximum(begin, middle - 9 - 40 / root)
     high = jnp.maximum(low, middle + 9 - jnp.minimum(s, 0))
 

@@ -93,8 +93,10 @@ class NegativeBinomial(ClosedForm):
         if c is not None:
             return _of_mean(z, c)
         s = -z[1]
-        density = lambda y: jnp.exp(_value(z[0], s, y)) * _scores(z[0], s, y)[1] ** 2
-        return alike(z, _of_mean(z[0], s), mean_over_counts(density, z[0], s))
+        # Beyond exp(60) there is no more to count, and squares stay finite.
+        m, r = jnp.clip(z[0], -60, 60), jnp.clip(s, -60, 60)
+        density = lambda y: jnp.exp(_value(m, r, y)) * _scores(m, r, y)[1] ** 2
+        return alike(z, _of_mean(z[0], s), mean_over_counts(density, m, r))
 
 
 def _of_mean(z: jax.Array, s: jax.Array) -> jax.Array:
@@ -106,11 +108,11 @@ def _deviance(log_y: jax.Array, z: jax.Array, s: jax.Array) -> jax.Array:
     """y log(y / mu) - (y + r) log((y + r) / (mu + r)) >= 0, z = log mu and s = log r."""
     z = jnp.maximum(z, -1e30)  # -inf stands for count zero with certainty
     gap = log_y - z
-    y, r = jnp.exp(log_y), special.argument(s)
+    y, r = jnp.exp(jnp.minimum(log_y, 80)), special.argument(s)
     near = jnp.abs(gap) < 1
     change = jnp.expm1(jnp.where(near, gap, 0))
     w, delta = change * sigmoid(s - log_y), change * sigmoid(z - s)
-    square = jnp.exp(z) * change * change * sigmoid(s - log_y) * sigmoid(s - z)
+    square = special.argument(z) * change * change * sigmoid(s - log_y) * sigmoid(s - z)
     close = square - y * log1p_gap(w) + r * log1p_gap(delta)
     return jnp.where(near, close, _far_deviance(jnp.where(near, -jnp.inf, log_y), z, s))
 
@@ -144,11 +146,12 @@ def _value(z: jax.Array, s: jax.Array, y: jax.Array) -> jax.Array:
 def _scores(z: jax.Array, s: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     """In log mean and log dispersion, the latter without what cancels for large r."""
     in_mean = y * sigmoid(s - z) - _of_mean(z, s)
-    largest = jnp.maximum(z, s)
-    mean = jnp.exp(z - largest)
-    delta = (y * jnp.exp(-largest) - mean) / (mean + jnp.exp(s - largest))
-    rise = special.digamma_rise(s, y)
-    return in_mean, special.argument(s) * log1p_gap(delta) - rise
+    r, total = special.argument(s), jnp.logaddexp(z, s)
+    # delta = (y - mu) / (r + mu), and r (delta - log(1 + delta)) also where delta overflows.
+    delta = y * jnp.exp(-jnp.maximum(total, -80)) - jnp.exp(z - total)
+    far = in_mean - r * (jnp.log(r + y) - total)
+    gap = jnp.where(delta > 1, far, r * log1p_gap(jnp.minimum(delta, 1)))
+    return in_mean, gap - special.digamma_rise(s, y)
 
 
 _log_prob = with_scores(

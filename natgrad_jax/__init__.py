@@ -2,12 +2,19 @@
 
 # Likelihoods: p(targets | outputs)
 from natgrad_jax.likelihoods import Bernoulli as Bernoulli
+from natgrad_jax.likelihoods import Beta as Beta
+from natgrad_jax.likelihoods import Binomial as Binomial
 from natgrad_jax.likelihoods import Categorical as Categorical
 from natgrad_jax.likelihoods import DiagonalNormal as DiagonalNormal
+from natgrad_jax.likelihoods import Gamma as Gamma
 from natgrad_jax.likelihoods import Joint as Joint
 from natgrad_jax.likelihoods import Likelihood as Likelihood
+from natgrad_jax.likelihoods import MultivariateNormal as MultivariateNormal
+from natgrad_jax.likelihoods import NegativeBinomial as NegativeBinomial
 from natgrad_jax.likelihoods import Normal as Normal
+from natgrad_jax.likelihoods import Ordinal as Ordinal
 from natgrad_jax.likelihoods import Poisson as Poisson
+from natgrad_jax.likelihoods import StudentT as StudentT
 from natgrad_jax.likelihoods import from_distribution as from_distribution
 
 # Metrics on parameters

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from natgrad_jax import examples
 from natgrad_jax.likelihoods import Joint
 from natgrad_jax.likelihoods import Likelihood
+from natgrad_jax.likelihoods import reading
 
 Tree = Any
 
@@ -51,5 +52,6 @@ def _over_rows(
         parts = (outputs_p, outputs_q, row_weights)
         found = [_over_rows(heads[n], *(part[n] for part in parts)) for n in names]
         return sum(found[1:], found[0])
-    rows = likelihood.kl(outputs_p, outputs_q)
+    call = reading.call(likelihood, "kl")
+    rows = reading.one_a_row(call, likelihood.kl(outputs_p, outputs_q), outputs_p)
     return jnp.dot(leaves[0].astype(rows.dtype), rows, precision="highest")

@@ -167,8 +167,9 @@ def inner_products(
 ) -> jax.Array:
     """The matrix of d_i^T F d_j by one Jacobian product each, with the metric that measures.
 
-    That is the exact Fisher matrix of the metric's model and likelihood where it has them, so that
-    no key is needed; the metric itself otherwise.
+    That is the exact Fisher matrix of the metric's model and likelihood where it has them, a
+    sampled one with a key of its own where the likelihood has none, the metric itself otherwise: no
+    key is needed.
     """
     dtype = _trees.work_dtype(params)
     if not jax.tree.leaves(params):

@@ -37,8 +37,8 @@ class Metric(NamedTuple):
       outputs: (params, batch) -> the tree that is differentiated; the loss for `hessian`; None for
         `euclidean`.
       output_metric: (outputs, batch, key) -> OutputMetric; None where F is no pull-back.
-      distance_metric: like `output_metric`, but exact where model and likelihood allow it: with
-        it distances are measured.
+      distance_metric: like `output_metric`, but exact where model and likelihood allow it, and
+        never in need of a key: with it distances are measured.
       groups: batch -> groups of examples.
       needs_key: whether F is estimated from samples.
       definite: whether F is positive semi-definite by construction.
@@ -165,7 +165,8 @@ def sampled_fisher(
 
     Raises:
       TypeError: ``likelihood`` is no :class:`Likelihood`.
-      ValueError: ``num_samples`` is not a positive integer.
+      ValueError: ``num_samples`` is not a positive integer; in use, the likelihood does not give
+        one log-probability a row, or draws targets of another shape.
 
     Examples:
       >>> import jax, jax.numpy as jnp, natgrad_jax as ng
@@ -177,8 +178,16 @@ def sampled_fisher(
 
     Notes:
       With fewer rows than parameters most of a gradient lies outside the row space, where it is
-      only divided by the damping: bound the step (``max_kl``) or use a larger damping. Each row
-      draws with ``fold_in(key, row)``, so that padding does not change what the others draw.
+      only divided by the damping: bound the step (``max_kl``) or use a larger damping. Targets are
+      drawn for all rows at once. Likelihoods of this package draw each row with
+      ``fold_in(key, row)``, so that padding does not change what the others draw;
+      :class:`Likelihood` says what holds for one's own.
+
+      Distances (``max_kl``, :func:`scale_to_kl`, the quadratic model, predicted reductions) are
+      measured with the exact Fisher matrix where the likelihood has one. Where it has none, as a
+      :func:`from_distribution` without a KL, a sampled one measures them: its samples are drawn
+      with a fixed key of their own, so that they do not depend on those of the direction. (Measured
+      with its own samples a direction would seem short: it is what those samples allow.)
 
     References:
       Kunstner, Balles and Hennig, 2019, Limitations of the empirical Fisher approximation.
@@ -204,9 +213,15 @@ def sampled_fisher(
         return OutputMetric(product, factor_product, coefficients, row_weights)
 
     exact = _exact(name, likelihood, weights, groups)
+
+    def distance_metric(outputs: Tree, batch: Tree, key: jax.Array | None) -> OutputMetric:
+        if sampling.has_exact_fisher(likelihood, outputs):
+            return exact(outputs, batch, key)
+        return output_metric(outputs, batch, sampling.distance_key())
+
     kl = _mean_kl.divergence(name, likelihood, weights, groups)
-    made = Metric(name, model, output_metric, exact, groups, needs_key=True, divergence=kl)
-    return made._replace(independent=independent, weighted=weights is not None)
+    made = Metric(name, model, output_metric, distance_metric, groups, needs_key=True)
+    return made._replace(independent=independent, divergence=kl, weighted=weights is not None)
 
 
 def empirical_fisher(

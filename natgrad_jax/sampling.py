@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from natgrad_jax import _trees
 from natgrad_jax.likelihoods import Joint
 from natgrad_jax.likelihoods import Likelihood
+from natgrad_jax.likelihoods import reading
 
 Tree = Any
 
@@ -30,21 +31,52 @@ def output_scores(
         return scores if isinstance(heads, dict) else tuple(scores.values())
     wide = _trees.cast(outputs, _trees.work_dtype(outputs))
     targets = _draw(likelihood, wide, key, num_samples)
-    total = lambda z, y: jnp.sum(likelihood.log_prob(z, y))
-    return jax.vmap(jax.grad(total), in_axes=(None, 0))(wide, targets)
+
+    def total(z: Tree, y: Tree) -> jax.Array:
+        call = reading.call(likelihood, "log_prob")
+        return jnp.sum(reading.one_a_row(call, likelihood.log_prob(z, y), z))
+
+    try:
+        return jax.vmap(jax.grad(total), in_axes=(None, 0))(wide, targets)
+    except (TypeError, ValueError) as error:
+        name, shapes = type(likelihood).__name__, jax.tree.map(lambda y: y.shape[1:], targets)
+        raise type(error)(
+            f"sampled_fisher: {name}.log_prob does not take what {name}.sample draws, targets of"
+            f" shape {shapes}: {error}"
+        ) from error
 
 
 def _draw(likelihood: Likelihood, outputs: Tree, key: jax.Array, num_samples: int) -> Tree:
-    """Targets with leading axes (S, L), row r from `fold_in(key, r)` whatever the other rows."""
+    """Targets with leading axes (S, L), drawn for all rows at once.
 
-    def row(index: jax.Array, z: Tree) -> Tree:
-        one = jax.tree.map(lambda x: x[None], z)
-        keys = jax.random.split(jax.random.fold_in(key, index), num_samples)
-        draw = lambda k: jax.tree.map(lambda y: y[0], likelihood.sample(k, one))
-        return jax.vmap(draw)(keys)
-
+    Likelihoods with a closed form draw row r from `fold_in(key, r)`, whatever the other rows.
+    """
     rows = jax.tree.leaves(outputs)[0].shape[0]
-    return jax.vmap(row, out_axes=1)(jnp.arange(rows), outputs)
+    split = lambda r: jax.random.split(jax.random.fold_in(key, r), num_samples)
+    row_keys = jax.vmap(split, out_axes=1)(jnp.arange(rows))
+    draw = lambda whole, by_row: likelihood._draw(whole, outputs, by_row)
+    targets = jax.vmap(draw)(jax.random.split(key, num_samples), row_keys)
+    shapes = jax.tree.map(lambda y: y.shape[1:], targets)
+    if any(y.shape[1:2] != (rows,) for y in jax.tree.leaves(targets)):
+        raise ValueError(
+            f"sampled_fisher: {reading.call(likelihood, 'sample')} must draw targets for all rows,"
+            f" leaves ({rows}, ...) for outputs with {rows} rows, got shape {shapes}"
+        )
+    return targets
+
+
+def has_exact_fisher(likelihood: Likelihood, outputs: Tree) -> bool:
+    """Whether the likelihood has an exact Fisher matrix at such outputs."""
+    try:
+        jax.eval_shape(likelihood.fisher_product, outputs, outputs)
+    except reading.NoDivergenceError:
+        return False
+    return True
+
+
+def distance_key() -> jax.Array:
+    """The key of samples that measure distances; threefry, which every distribution can draw by."""
+    return jax.random.key(1998, impl="threefry2x32")
 
 
 def score_columns(root: Tree, scores: Tree) -> tuple[Callable[[Tree], Tree], Tree]:

@@ -22,7 +22,9 @@ def scale_to_kl(metric: Metric, kl: jax.typing.ArrayLike) -> optax.GradientTrans
         d \leftarrow d \sqrt{2 c / (d^T F d)}
 
     to second order, with the exact Fisher matrix F of the metric's model and likelihood where it
-    has them (also when the direction came from samples), the metric itself otherwise.
+    has them (also when the direction came from samples), the metric itself otherwise: where a
+    likelihood has no exact Fisher matrix, F is estimated from samples of their own, the same for
+    every step.
 
     Args:
       metric: the metric that measures.

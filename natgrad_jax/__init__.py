@@ -53,6 +53,7 @@ from natgrad_jax.solvers import woodbury as woodbury
 
 # optax transformations
 from natgrad_jax.transforms import adaptive_natural_gradient as adaptive_natural_gradient
+from natgrad_jax.transforms import bind_batch as bind_batch
 from natgrad_jax.transforms import clip_by_kl as clip_by_kl
 from natgrad_jax.transforms import levenberg_marquardt as levenberg_marquardt
 from natgrad_jax.transforms import natural_gradient as natural_gradient

@@ -111,7 +111,7 @@ def fill_masked(metric: Metric, params: Tree, full_params: Tree | None) -> Metri
     `optax.masked` and `optax.partition` put `MaskedNode` in place of hidden leaves; the model gets
     those from `full_params`, where they are constants.
     """
-    if metric.outputs is None or not _masked(params):
+    if metric.outputs is None or not masked(params):
         return metric
     outputs = lambda visible, batch: metric.outputs(
         filled(metric.name, visible, full_params), batch
@@ -121,7 +121,7 @@ def fill_masked(metric: Metric, params: Tree, full_params: Tree | None) -> Metri
 
 def filled(caller: str, visible: Tree, full_params: Tree | None) -> Tree:
     """The parameters with hidden leaves from `full_params`."""
-    if not _masked(visible):
+    if not masked(visible):
         return visible
     if full_params is None:
         raise ValueError(
@@ -132,9 +132,21 @@ def filled(caller: str, visible: Tree, full_params: Tree | None) -> Tree:
     return jax.tree.map(take, visible, full_params, is_leaf=_hidden)
 
 
+def visible(tree: Tree, params: Tree) -> Tree:
+    """A tree like all parameters, or like the visible ones, with hidden leaves as in `params`.
+
+    Where it fits neither it is left as it is, for a check to say so.
+    """
+    whole = jax.tree.structure(jax.tree.map(lambda x: 0, params, is_leaf=_hidden))
+    if not masked(params) or jax.tree.structure(tree) != whole:  # type: ignore[operator]
+        return tree
+    return jax.tree.map(lambda p, x: p if _hidden(p) else x, params, tree, is_leaf=_hidden)
+
+
 def _hidden(x: object) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
-def _masked(params: Tree) -> bool:
+def masked(params: Tree) -> bool:
+    """Whether `optax.masked` or `optax.partition` hide some leaves."""
     return any(map(_hidden, jax.tree.leaves(params, is_leaf=_hidden)))

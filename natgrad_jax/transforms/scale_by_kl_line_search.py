@@ -16,6 +16,7 @@ from natgrad_jax.metrics import Metric
 from natgrad_jax.metrics import exact_fisher
 from natgrad_jax.transforms import _call
 from natgrad_jax.transforms import _objective
+from natgrad_jax.transforms import _told
 from natgrad_jax.transforms._objective import Objective
 
 Tree = Any
@@ -52,6 +53,7 @@ def scale_by_kl_line_search(
     *,
     shrink: jax.typing.ArrayLike = 0.7,
     max_shrinks: jax.typing.ArrayLike = 15,
+    has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shortens a step until it stays within a KL radius and lowers the objective.
 
@@ -71,6 +73,7 @@ def scale_by_kl_line_search(
       max_kl: the radius c > 0, in nats per row.
       shrink: the factor s in (0, 1).
       max_shrinks: K, how often the step may be shortened. By default to 0.005 of its length.
+      has_aux: whether ``value_fn`` returns a pair of the objective and auxiliary output.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with ``update(updates, state, params, *, batch,
@@ -130,7 +133,8 @@ def scale_by_kl_line_search(
     ) -> tuple[Tree, ScaleByKLLineSearchState]:
         del extra_args
         _call.check(name, updates, params, batch)
-        objective = _objective.bind(name, value_fn)
+        objective = _objective.bind(name, value_fn, has_aux=has_aux)
+        full_params = _told.hidden(params, full_params, value_fn)
         value = None if value is None else _objective.as_value(name, value)
         core = functools.partial(_searched, metric, objective)
         operands = (updates, params, batch, value, max_kl, shrink, max_shrinks, full_params)

@@ -19,6 +19,7 @@ from natgrad_jax.metrics import Metric
 from natgrad_jax.solvers._solver import Solver
 from natgrad_jax.solvers.automatic import AUTOMATIC
 from natgrad_jax.transforms import _call
+from natgrad_jax.transforms import _told
 
 Tree = Any
 
@@ -160,27 +161,32 @@ def scale_by_natural_gradient(
         geodesic_acceleration: bool = False,
         **extra_args: Any,
     ) -> tuple[Tree, ScaleByNaturalGradientState]:
-        del extra_args
+        value_fn = extra_args.get("value_fn")
+        told = _told.merged(
+            _told.Told(damping, refresh, None, geodesic_acceleration), _told.told(value_fn)
+        )
         _call.check(name, updates, params, batch)
+        full_params = _told.hidden(params, full_params, value_fn)
         if metric.independent:
             filled = _boundary.fill_masked(metric, params, full_params)
             _independence.check_claim(name, filled, params, batch)
         _damping_scale.check_prefix(name, scale, params)
-        if damping is not None:
-            _boundary.check_number(f"{name}: update()", "damping", damping)
-        if geodesic_acceleration:
+        if told.damping is not None:
+            _boundary.check_number(f"{name}: update()", "damping", told.damping)
+        accelerated = bool(told.geodesic_acceleration)
+        if accelerated:
             _acceleration.check(name, metric)
-        solver_state = solve.anew(state.solver, refresh)
+        solver_state = solve.anew(state.solver, told.refresh)
         at_count = lambda x: x(state.count) if callable(x) else x
         key, sample_key = keys.split(state.key)
         core = functools.partial(
-            direction.compiled_direction, metric, solve, accelerated=geodesic_acceleration
+            direction.compiled_direction, metric, solve, accelerated=accelerated
         )
         operands = (
             updates,
             params,
             batch,
-            at_count(default_damping if damping is None else damping),
+            at_count(default_damping if told.damping is None else told.damping),
             sample_key,
             solver_state,
             at_count(momentum),

@@ -14,6 +14,7 @@ from natgrad_jax import _trees
 from natgrad_jax.curvature import inner_products
 from natgrad_jax.metrics import Metric
 from natgrad_jax.transforms import _call
+from natgrad_jax.transforms import _told
 
 Tree = Any
 
@@ -133,14 +134,17 @@ def scale_by_quadratic_model(
         full_params: Tree | None = None,
         **extra_args: Any,
     ) -> tuple[Tree, ScaleByQuadraticModelState]:
-        del extra_args
+        value_fn = extra_args.get("value_fn")
         _call.check(name, updates, params, batch)
         if grad is None:
             raise TypeError(
                 f"{name}: update() needs the keyword argument `grad`, the gradient of the"
                 " objective: update(direction, state, params, batch=batch, grad=grad)"
             )
+        grad = _boundary.visible(grad, params)
         _boundary.check_like_params(f"{name}: update()", "grad", grad, params)
+        full_params = _told.hidden(params, full_params, value_fn)
+        damping = _told.merged(_told.Told(damping), _told.told(value_fn)).damping
         damping = default_damping if damping is None else damping
         damping = damping(state.count) if callable(damping) else damping
         core = functools.partial(_scaled, metric, examples)

@@ -11,6 +11,7 @@ from natgrad_jax import _sharding
 from natgrad_jax.metrics import Metric
 from natgrad_jax.transforms import _call
 from natgrad_jax.transforms import _distance
+from natgrad_jax.transforms import _told
 
 Tree = Any
 
@@ -72,8 +73,8 @@ def kl_transformation(
         full_params: Tree | None = None,
         **extra_args: Any,
     ) -> tuple[Tree, _distance.KLState]:
-        del extra_args
         _call.check(name, updates, params, batch)
+        full_params = _told.hidden(params, full_params, extra_args.get("value_fn"))
         core = functools.partial(_distance.rescaled, metric, at_most)
         operands = (updates, params, batch, kl, full_params)
         scaled, new = _sharding.run(core, operands, (updates, state))

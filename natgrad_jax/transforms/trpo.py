@@ -29,6 +29,7 @@ def trpo(
     shrink: jax.typing.ArrayLike = 0.7,
     max_shrinks: jax.typing.ArrayLike = 15,
     key: int | jax.Array = 0,
+    has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trust region policy optimization.
 
@@ -54,6 +55,7 @@ def trpo(
       shrink: the factor s in (0, 1).
       max_shrinks: how often the step may be shortened before it is given up.
       key: seed or key of the samples of a sampling metric.
+      has_aux: whether ``value_fn`` returns a pair of the objective and auxiliary output.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with ``update(grads, state, params, *, batch,
@@ -102,5 +104,7 @@ def trpo(
         scale_by_natural_gradient(metric, solver=solve, damping=damping, key=key),
         scale_to_kl(metric, max_kl),
         optax.scale(-1.0),
-        scale_by_kl_line_search(metric, max_kl=max_kl, shrink=shrink, max_shrinks=max_shrinks),
+        scale_by_kl_line_search(
+            metric, max_kl=max_kl, shrink=shrink, max_shrinks=max_shrinks, has_aux=has_aux
+        ),
     )

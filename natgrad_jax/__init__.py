@@ -63,3 +63,7 @@ from natgrad_jax.transforms import scale_by_quadratic_model as scale_by_quadrati
 from natgrad_jax.transforms import scale_by_steepest_descent as scale_by_steepest_descent
 from natgrad_jax.transforms import scale_to_kl as scale_to_kl
 from natgrad_jax.transforms import trpo as trpo
+
+# Diagnostics of their states
+from natgrad_jax.diagnostics import Diagnostics as Diagnostics
+from natgrad_jax.diagnostics import info as info

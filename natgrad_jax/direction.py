@@ -10,6 +10,7 @@ from natgrad_jax import _acceleration
 from natgrad_jax import _boundary
 from natgrad_jax import _damping_scale
 from natgrad_jax import _independence
+from natgrad_jax import _records
 from natgrad_jax import _sharding
 from natgrad_jax import _trees
 from natgrad_jax.curvature import curvature
@@ -51,6 +52,9 @@ class NaturalGradientInfo(NamedTuple):
     eigen_taken: jax.Array
     negative_curvature: jax.Array
     acceleration: jax.Array
+
+    def __repr__(self) -> str:
+        return _records.line(self)
 
 
 def empty_info() -> NaturalGradientInfo:

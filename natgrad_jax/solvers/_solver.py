@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax import _records
 from natgrad_jax.curvature import Curvature
 from natgrad_jax.metrics import Metric
 
 Tree = Any
 
-#: Stands in `Report.outside_row_space` and `Report.relative_residual` for "not measured". It is no
-#: NaN, so that `jax_debug_nans` and finiteness checks of states keep working.
-NOT_MEASURED = -1.0
+NOT_MEASURED = _records.NOT_MEASURED
 
 
 class Report(NamedTuple):

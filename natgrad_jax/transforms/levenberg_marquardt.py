@@ -10,6 +10,7 @@ import optax
 
 from natgrad_jax import _acceleration
 from natgrad_jax import _boundary
+from natgrad_jax import _records
 from natgrad_jax import _sharding
 from natgrad_jax import _trees
 from natgrad_jax.metrics import Metric
@@ -38,6 +39,9 @@ class LevenbergMarquardtInfo(NamedTuple):
     decrease: jax.Array
     predicted: jax.Array
     rejected: jax.Array
+
+    def __repr__(self) -> str:
+        return _records.line(self)
 
 
 class LevenbergMarquardtState(NamedTuple):

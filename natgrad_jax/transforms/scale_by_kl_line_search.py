@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax import _boundary
+from natgrad_jax import _records
 from natgrad_jax import _sharding
 from natgrad_jax import _trees
 from natgrad_jax.likelihoods import Likelihood
@@ -38,6 +39,9 @@ class KLLineSearchInfo(NamedTuple):
     kl: jax.Array
     decrease: jax.Array
     accepted: jax.Array
+
+    def __repr__(self) -> str:
+        return _records.line(self)
 
 
 class ScaleByKLLineSearchState(NamedTuple):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax import _boundary
+from natgrad_jax import _records
 from natgrad_jax import _sharding
 from natgrad_jax import _thinning
 from natgrad_jax import _trees
@@ -32,6 +33,9 @@ class QuadraticModelInfo(NamedTuple):
     rate: jax.Array
     momentum: jax.Array
     predicted: jax.Array
+
+    def __repr__(self) -> str:
+        return _records.line(self)
 
 
 class ScaleByQuadraticModelState(NamedTuple):

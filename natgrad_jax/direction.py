@@ -13,6 +13,7 @@ from natgrad_jax import _independence
 from natgrad_jax import _records
 from natgrad_jax import _sharding
 from natgrad_jax import _trees
+from natgrad_jax import _unseen
 from natgrad_jax.curvature import curvature
 from natgrad_jax.metrics import Metric
 from natgrad_jax.solvers._solver import NOT_MEASURED
@@ -188,13 +189,14 @@ def compiled_direction(
       (direction, solver state, velocity, info).
     """
     dtype = _trees.work_dtype(params)
-    metric = _boundary.fill_masked(metric, params, full_params)
+    made, metric = metric, _boundary.fill_masked(metric, params, full_params)
     damping = jnp.asarray(damping).astype(dtype)
     g = _trees.cast(grads, dtype)
     if not jax.tree.leaves(params):
         return grads, state, velocity, empty_info()._replace(damping=damping.astype(jnp.float32))
 
     here = curvature(metric, params, batch, key)
+    _unseen.warn(metric, made, params, batch)
     solve, state = _damping_scale.scaled(solver, damping_scale).prepare(here, damping, state)
     rhs = g
     if velocity is not None:

@@ -1,4 +1,4 @@
-"""`ng.info` finds the diagnostics of ours in any state, and prints what was not measured as such."""
+"""`ng.info` finds the diagnostics of ours in any state, and says what was not measured."""
 
 import jax
 import jax.numpy as jnp

@@ -40,11 +40,11 @@ def bind_batch(
     .. math::
         (u_k, s_{k+1}) = \mathrm{update}(g_k, s_k, \theta_k;\ \mathrm{batch} = b_k)
 
-    with one batch :math:`b_k = b` for all updates, or a function of their number :math:`b_k = b(k)`.
-    ``flax.training.train_state.TrainState.apply_gradients``, ``numpyro.optim.optax_to_numpyro``,
-    ``optimistix.OptaxMinimiser`` and ``optax.contrib.sam`` then take every transformation of this
-    package. It hands on the parameters that it meets as well, so that under ``optax.masked`` and
-    ``optax.partition`` inside it no ``full_params`` is needed.
+    with one batch :math:`b_k = b` for all updates, or a function of their number,
+    :math:`b_k = b(k)`. ``flax.training.train_state.TrainState.apply_gradients``,
+    ``numpyro.optim.optax_to_numpyro``, ``optimistix.OptaxMinimiser`` and ``optax.contrib.sam`` then
+    take every transformation of this package. It hands on the parameters that it meets as well, so
+    that ``optax.masked`` and ``optax.partition`` inside it need no ``full_params``.
 
     Args:
       inner: any transformation, one of this package or a chain with some.

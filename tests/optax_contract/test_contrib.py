@@ -25,7 +25,8 @@ def test_the_first_step_of_schedule_free_is_that_of_what_is_inside(name, x64, st
     wrapped = optax.contrib.schedule_free(tx, 0.1)
     got, state = wrapped.update(grads, wrapped.init(params), params, batch=batch)
     oracle.close(got, expected, EPS, 1000)
-    assert float(ng.info(state).damping) == cases.DAMPING or name == "natural_gradient-everything"
+    if name != "natural_gradient-everything":
+        np.testing.assert_allclose(ng.info(state).damping, cases.DAMPING, rtol=1e-6)
     with pytest.raises(TypeError, match="needs the keyword argument `batch`"):
         wrapped.update(grads, wrapped.init(params), params)
 

@@ -28,6 +28,12 @@ def check_number(caller: str, name: str, value: Any, *, schedule: bool = False) 
     """
     if schedule and callable(value):
         return
+    if callable(value):
+        raise TypeError(
+            f"{caller}: {name} must be a number, got a function ({value!r}); give a schedule"
+            " by optax.inject_hyperparams around the transformation, where there is none call"
+            " schedule(step)"
+        )
     numeric = isinstance(value, int | float) or hasattr(value, "dtype")
     if not numeric or not jnp.issubdtype(jnp.result_type(value), jnp.number):
         wanted = "a number or a schedule" if schedule else "a number"
@@ -75,6 +81,32 @@ def check_batch(caller: str, batch: Tree) -> None:
                 f"{caller}: batch{jax.tree_util.keystr(path)} must be an array, got"
                 f" {type(leaf).__name__}: {leaf!r}"
             )
+
+
+#: Weights that were looked at: a training loop asks at every step.
+_weighed: dict[Any, None] = {}
+
+
+def check_weights(caller: str, metric: Metric, batch: Tree) -> None:
+    """Raises where weights are seen to be negative, once for each metric and shape of batch.
+
+    Called eagerly only: what is traced has no values.
+    """
+    leaves = jax.tree.leaves(batch)
+    if metric.weights is None or any(isinstance(x, jax.core.Tracer) for x in leaves):
+        return
+    key = metric, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+    if key in _weighed:
+        return
+    if len(_weighed) > 100:
+        _weighed.clear()
+    _weighed[key] = None
+    found = [jnp.min(w, initial=0) for w in jax.tree.leaves(metric.weights(batch))]
+    if any(not isinstance(w, jax.core.Tracer) and w < 0 for w in found):
+        raise ValueError(
+            f"{caller}: weights(batch) of {metric.name} must not be negative, got"
+            f" {min(map(float, found)):.4g}: F would not be positive semi-definite"
+        )
 
 
 def check_real(caller: str, name: str, tree: Tree) -> None:

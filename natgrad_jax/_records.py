@@ -44,4 +44,6 @@ def _word(name: str, value: np.ndarray) -> str:
         return word
     if value.dtype.kind == "b":
         return "yes" if value else "no"
+    if name == "predicted" and value < 0:
+        return f"{float(value):.4g} (an increase: does the step point uphill?)"
     return str(value) if value.dtype.kind in "iu" else f"{float(value):.4g}"

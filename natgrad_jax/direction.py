@@ -130,11 +130,12 @@ def natural_gradient_direction(
       Amari, 1998, Natural gradient works efficiently in learning; Marquardt, 1963 (the diagonal).
     """
     caller = "natural_gradient_direction"
-    check_arguments(caller, metric, solver, damping)
+    check_arguments(caller, metric, solver, damping, schedule=False)
     _boundary.check_params(caller, params)
     _boundary.check_batch(caller, batch)
     _boundary.check_like_params(caller, "grads", grads, params)
     _independence.check_claim(caller, metric, params, batch)
+    _boundary.check_weights(caller, metric, batch)
     damping_scale = _damping_scale.check(caller, damping_scale, solver)
     _damping_scale.check_prefix(caller, damping_scale, params)
     solver = AUTOMATIC if solver is None else solver
@@ -146,7 +147,9 @@ def natural_gradient_direction(
     return _sharding.keep(direction, grads), info
 
 
-def check_arguments(caller: str, metric: Metric, solver: Solver | None, damping: Any) -> None:
+def check_arguments(
+    caller: str, metric: Metric, solver: Solver | None, damping: Any, *, schedule: bool
+) -> None:
     """Raises unless metric, solver and damping are such, and fit one another."""
     _boundary.check_metric(caller, metric)
     if solver is not None and not isinstance(solver, Solver):
@@ -159,7 +162,7 @@ def check_arguments(caller: str, metric: Metric, solver: Solver | None, damping:
             f"{caller}: the solver {solver.name} works on rows, and the metric {metric.name} has"
             " none; take cholesky(), cg(), spectral(), diagonal(), block_diagonal() or None"
         )
-    _boundary.check_number(caller, "damping", damping, schedule=True)
+    _boundary.check_number(caller, "damping", damping, schedule=schedule)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("accelerated",))

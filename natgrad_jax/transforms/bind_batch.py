@@ -93,8 +93,13 @@ def bind_batch(
         return BindBatchState(count, inner.init(params))
 
     def update_fn(
-        updates: Tree, state: BindBatchState, params: Tree | None = None, **extra_args: Any
+        updates: Tree,
+        state: BindBatchState,
+        params: Tree | None = None,
+        *misplaced: Any,
+        **extra_args: Any,
     ) -> tuple[Tree, BindBatchState]:
+        _call.check_positional(name, misplaced)
         if "batch" in extra_args:
             raise TypeError(f"{name}: update() got the keyword `batch`, which is bound already")
         now = batch(state.count) if callable(batch) else batch

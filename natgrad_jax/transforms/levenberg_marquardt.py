@@ -182,6 +182,7 @@ def controlled(
 
     def init_fn(params: Tree) -> LevenbergMarquardtState:
         state = inner.init(params)
+        _damped.check_sign(name, state)
         wanted = ["damping"] + ["geodesic_acceleration"] * (told.geodesic_acceleration is not None)
         for keyword in wanted:
             _damped.check_reads(name, inner, state, params, keyword)
@@ -191,7 +192,7 @@ def controlled(
         updates: Tree,
         state: LevenbergMarquardtState,
         params: Tree | None = None,
-        *,
+        *misplaced: Any,
         batch: Tree = _call.MISSING,
         value: jax.typing.ArrayLike | None = None,
         grad: Tree | None = None,
@@ -199,19 +200,20 @@ def controlled(
         full_params: Tree | None = None,
         **extra_args: Any,
     ) -> tuple[Tree, LevenbergMarquardtState]:
-        _call.check(name, updates, params, batch)
+        _call.check(name, updates, params, batch, misplaced)
         objective = _objective.bind(name, value_fn, has_aux=has_aux)
         full_params = _told.whole(params, full_params, value_fn)
         at = lambda p: objective(p, batch, full_params)
         if not jax.tree.leaves(params):
             return updates, state
         value = at(params) if value is None else _objective.as_value(name, value)
-        grad = updates if grad is None else grad
+        grad = _boundary.visible(updates if grad is None else grad, params)
         now = told._replace(damping=state.damping, refresh=state.rejected, full_params=full_params)
         named, now = _told.split(inner.update, now)
         child = _objective.inside(name, value_fn, batch, full_params, now, has_aux=has_aux)
         extra = {**extra_args, **named, "value": value, "grad": grad, "value_fn": child}
         step, inner_state = inner.update(updates, state.inner, params, batch=batch, **extra)
+        _damped.check_downhill(name, inner.update, grad, step)
         there = at(optax.apply_updates(params, step)).astype(value.dtype)
         if foretold is None:
             core = functools.partial(_reduction.predicted, metric)

@@ -122,13 +122,14 @@ def scale_by_kl_line_search(
     check_search(name, max_kl, shrink, max_shrinks)
 
     def init_fn(params: Tree) -> ScaleByKLLineSearchState:
+        _call.check_init(name, params)
         return _sharding.place_beside(_empty(), params)
 
     def update_fn(
         updates: Tree,
         state: ScaleByKLLineSearchState,
         params: Tree | None = None,
-        *,
+        *misplaced: Any,
         batch: Tree = _call.MISSING,
         value: jax.typing.ArrayLike | None = None,
         value_fn: Callable[..., Any] | None = None,
@@ -136,7 +137,7 @@ def scale_by_kl_line_search(
         **extra_args: Any,
     ) -> tuple[Tree, ScaleByKLLineSearchState]:
         del extra_args
-        _call.check(name, updates, params, batch)
+        _call.check(name, updates, params, batch, misplaced)
         objective = _objective.bind(name, value_fn, has_aux=has_aux)
         full_params = _told.hidden(params, full_params, value_fn)
         value = None if value is None else _objective.as_value(name, value)

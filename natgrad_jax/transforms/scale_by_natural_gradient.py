@@ -17,6 +17,7 @@ from natgrad_jax import _trees
 from natgrad_jax import direction
 from natgrad_jax.metrics import Metric
 from natgrad_jax.solvers._solver import Solver
+from natgrad_jax.solvers._solver import check_state
 from natgrad_jax.solvers.automatic import AUTOMATIC
 from natgrad_jax.transforms import _call
 from natgrad_jax.transforms import _told
@@ -127,7 +128,7 @@ def scale_by_natural_gradient(
       wavefunctions (SPRING).
     """
     name = "scale_by_natural_gradient"
-    direction.check_arguments(name, metric, solver, damping)
+    direction.check_arguments(name, metric, solver, damping, schedule=True)
     scale = _damping_scale.check(name, damping_scale, solver)
     solve = AUTOMATIC if solver is None else solver
     keys = _random.key_stream(name, key)
@@ -138,6 +139,7 @@ def scale_by_natural_gradient(
     default_damping = damping
 
     def init_fn(params: Tree) -> ScaleByNaturalGradientState:
+        _call.check_init(name, params)
         if jax.tree.leaves(params):  # optax also asks with a placeholder, which is like nothing
             _damping_scale.check_prefix(name, scale, params)
         state = ScaleByNaturalGradientState(
@@ -153,7 +155,7 @@ def scale_by_natural_gradient(
         updates: Tree,
         state: ScaleByNaturalGradientState,
         params: Tree | None = None,
-        *,
+        *misplaced: Any,
         batch: Tree = _call.MISSING,
         damping: jax.typing.ArrayLike | None = None,
         full_params: Tree | None = None,
@@ -165,8 +167,10 @@ def scale_by_natural_gradient(
         told = _told.merged(
             _told.Told(damping, refresh, None, geodesic_acceleration), _told.told(value_fn)
         )
-        _call.check(name, updates, params, batch)
+        _call.check(name, updates, params, batch, misplaced)
         full_params = _told.hidden(params, full_params, value_fn)
+        check_state(name, solve, state.solver, params)
+        _boundary.check_weights(name, metric, batch)
         if metric.independent:
             filled = _boundary.fill_masked(metric, params, full_params)
             _independence.check_claim(name, filled, params, batch)

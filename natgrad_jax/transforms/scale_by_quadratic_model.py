@@ -120,6 +120,7 @@ def scale_by_quadratic_model(
     default_damping = damping
 
     def init_fn(params: Tree) -> ScaleByQuadraticModelState:
+        _call.check_init(name, params)
         count = jnp.zeros((), jnp.int32)
         # Of its own, so that a step that donates its state does not take the parameters along.
         seen = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
@@ -131,7 +132,7 @@ def scale_by_quadratic_model(
         updates: Tree,
         state: ScaleByQuadraticModelState,
         params: Tree | None = None,
-        *,
+        *misplaced: Any,
         batch: Tree = _call.MISSING,
         grad: Tree | None = None,
         damping: jax.typing.ArrayLike | None = None,
@@ -139,7 +140,7 @@ def scale_by_quadratic_model(
         **extra_args: Any,
     ) -> tuple[Tree, ScaleByQuadraticModelState]:
         value_fn = extra_args.get("value_fn")
-        _call.check(name, updates, params, batch)
+        _call.check(name, updates, params, batch, misplaced)
         if grad is None:
             raise TypeError(
                 f"{name}: update() needs the keyword argument `grad`, the gradient of the"

@@ -62,18 +62,19 @@ def kl_transformation(
     _boundary.check_number(name, "the KL divergence", kl)
 
     def init_fn(params: Tree) -> _distance.KLState:
+        _call.check_init(name, params)
         return _sharding.place_beside(_distance.empty_state(), params)
 
     def update_fn(
         updates: Tree,
         state: _distance.KLState,
         params: Tree | None = None,
-        *,
+        *misplaced: Any,
         batch: Tree = _call.MISSING,
         full_params: Tree | None = None,
         **extra_args: Any,
     ) -> tuple[Tree, _distance.KLState]:
-        _call.check(name, updates, params, batch)
+        _call.check(name, updates, params, batch, misplaced)
         full_params = _told.hidden(params, full_params, extra_args.get("value_fn"))
         core = functools.partial(_distance.rescaled, metric, at_most)
         operands = (updates, params, batch, kl, full_params)

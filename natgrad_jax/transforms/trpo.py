@@ -10,6 +10,7 @@ from natgrad_jax.likelihoods import Likelihood
 from natgrad_jax.metrics import Metric
 from natgrad_jax.solvers import cg
 from natgrad_jax.solvers._solver import Solver
+from natgrad_jax.transforms import _call
 from natgrad_jax.transforms.scale_by_kl_line_search import check_search
 from natgrad_jax.transforms.scale_by_kl_line_search import measure
 from natgrad_jax.transforms.scale_by_kl_line_search import scale_by_kl_line_search
@@ -100,7 +101,7 @@ def trpo(
     metric = measure(name, model, likelihood)
     check_search(name, max_kl, shrink, max_shrinks)
     solve = cg(max_iterations=20) if solver is None else solver
-    return optax.chain(
+    steps = optax.chain(
         scale_by_natural_gradient(metric, solver=solve, damping=damping, key=key),
         scale_to_kl(metric, max_kl),
         optax.scale(-1.0),
@@ -108,3 +109,4 @@ def trpo(
             metric, max_kl=max_kl, shrink=shrink, max_shrinks=max_shrinks, has_aux=has_aux
         ),
     )
+    return _call.named(name, steps)

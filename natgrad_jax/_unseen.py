@@ -39,7 +39,9 @@ def warn(metric: Metric, name: Metric, params: Tree, batch: Tree) -> None:
     """
     paths = unused(metric, params, batch)
     key = name, tuple(paths)
-    if not paths or key in _said:
+    # Where none at all is seen the model is a constant, and F zero as a whole.
+    some = 0 < len(paths) < sum(leaf.size > 0 for leaf in jax.tree.leaves(params))
+    if not some or key in _said:
         return
     if len(_said) > 100:
         _said.clear()

@@ -65,7 +65,7 @@ def inside(
 
     def function(params: Tree, batch: Tree = batch, **keywords: Any) -> Any:
         value = call(_boundary.filled(caller, params, full_params), batch, **keywords)
-        return _without_aux(caller, value) if has_aux else value
+        return _checked(caller, _without_aux(caller, value) if has_aux else value)
 
     names = [n for n, p in _parameters(value_fn).items() if p.kind not in _VARIADIC]
     told = _told.merged(_told.told(value_fn), told)
@@ -83,18 +83,23 @@ def _without_aux(caller: str, value: Any) -> Any:
 
 def as_value(caller: str, value: Any) -> jax.Array:
     """A value of the objective in at least float32."""
+    value = jnp.asarray(_checked(caller, value))
+    return value.astype(_trees.work_dtype(value))
+
+
+def _checked(caller: str, value: Any) -> Any:
     if not (hasattr(value, "dtype") or isinstance(value, int | float)):
         raise TypeError(
-            f"{caller}: the objective (value_fn) must return one real scalar, or with has_aux=True"
-            f" a pair of that and auxiliary output, got {type(value).__name__}"
+            f"{caller}: the objective (value_fn) must return one real scalar, without auxiliary"
+            f" output, got {type(value).__name__}; where it returns a pair of both, pass"
+            f" has_aux=True to {caller}"
         )
     if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         raise ValueError(
             f"{caller}: the objective must be a real scalar, got {jnp.result_type(value)} of shape"
             f" {jnp.shape(value)}"
         )
-    value = jnp.asarray(value)
-    return value.astype(_trees.work_dtype(value))
+    return value
 
 
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from natgrad_jax.metrics import Metric
@@ -101,11 +102,13 @@ def check_weights(caller: str, metric: Metric, batch: Tree) -> None:
     if len(_weighed) > 100:
         _weighed.clear()
     _weighed[key] = None
-    found = [jnp.min(w, initial=0) for w in jax.tree.leaves(metric.weights(batch))]
-    if any(not isinstance(w, jax.core.Tracer) and w < 0 for w in found):
+    weights = jax.tree.leaves(metric.weights(batch))
+    found = [np.asarray(w) for w in weights if not isinstance(w, jax.core.Tracer)]
+    least = min((float(np.min(w, initial=0)) for w in found), default=0.0)
+    if least < 0:
         raise ValueError(
-            f"{caller}: weights(batch) of {metric.name} must not be negative, got"
-            f" {min(map(float, found)):.4g}: F would not be positive semi-definite"
+            f"{caller}: weights(batch) of {metric.name} must not be negative, got {least:.4g}: F"
+            " would not be positive semi-definite"
         )
 
 

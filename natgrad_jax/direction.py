@@ -30,7 +30,8 @@ class NaturalGradientInfo(NamedTuple):
     Attributes:
       damping: the damping used.
       iterations: products with F that an iterative solver took, 0 for direct ones.
-      relative_residual: ||(F + damping I) d - g|| / ||g||, or -1 where it was not measured. Where
+      relative_residual: ||(F + damping I) d - g|| / ||g||, or -1 where it was not measured, which
+        prints as such. Where
         it is rounding it is told within a factor of ten, nine times in ten. With a damping scale s
         this and `outside_row_space` are those of the system in s^(1/2) theta.
       grad_dot_direction: the inner product of the gradient and the direction.

@@ -87,6 +87,25 @@ def trpo(
       >>> bool(jax.nn.softmax(p)[1] > 0.95)
       True
 
+      A value head beside the policy has no part in its distribution, so that F is zero there and a
+      step in one tree with it goes wrong (a warning names such parameters). Give it an optimizer of
+      its own:
+
+      >>> net = lambda p, x: (x @ p["policy"], x @ p["value"])
+      >>> tx = optax.partition(
+      ...     {"policy": ng.trpo(lambda p, x: net(p, x)[0], ng.Categorical(), max_kl=0.01),
+      ...      "value": optax.adam(1e-2)},
+      ...     {"policy": "policy", "value": "value"})
+      >>> p, x = {"policy": jnp.zeros((2, 3)), "value": jnp.zeros((2, 1))}, jnp.eye(2)
+      >>> loss = lambda p, x: (-jnp.mean(jax.nn.softmax(net(p, x)[0])[:, 0])
+      ...                      + jnp.mean((net(p, x)[1] - 1.0) ** 2))
+      >>> updates, _ = tx.update(
+      ...     jax.grad(loss)(p, x), tx.init(p), p, batch=x, value_fn=loss, full_params=p)
+      >>> kl = ng.kl_divergence(lambda p, x: net(p, x)[0], ng.Categorical(), p,
+      ...                       optax.apply_updates(p, updates), x)
+      >>> bool(0.005 < kl <= 0.01)
+      True
+
     Notes:
       The length of a step does not depend on the size of the gradient: where that is noise, so is
       a whole step. A gradient of exactly zero gives a step of exactly zero, not accepted. Wrap the

@@ -31,14 +31,15 @@ class NaturalGradientInfo(NamedTuple):
       damping: the damping used.
       iterations: products with F that an iterative solver took, 0 for direct ones.
       relative_residual: ||(F + damping I) d - g|| / ||g||, or -1 where it was not measured, which
-        prints as such. Where
-        it is rounding it is told within a factor of ten, nine times in ten. With a damping scale s
-        this and `outside_row_space` are those of the system in s^(1/2) theta.
+        prints as such. Where it is rounding it is told within a factor of ten, nine times in ten.
+        With a damping scale s this and `outside_row_space` are those of the system in s^(1/2)
+        theta.
       grad_dot_direction: the inner product of the gradient and the direction.
       outside_row_space: the share of ||d|| outside the row space of R, where F is zero and the
-        gradient was only divided by the damping. For `cg` an upper bound, which is the share itself
-        once it has converged; for solvers that approximate F the root of the share of g^T d where
-        their own matrix is zero. -1 where it was not measured: for a Hessian (but by
+        gradient was only divided by the damping; `cholesky` and `woodbury` count modes of F far
+        below the damping with it. For `cg` an upper bound, which is the share itself once it has
+        converged and may be 1 long before; for solvers that approximate F the root of the share of
+        g^T d where their own matrix is zero. -1 where it was not measured: for a Hessian (but by
         `spectral`), and for `cg` with a preconditioner.
       eigen_taken: whether an eigendecomposition was used (damping 0, or a failed Cholesky).
       negative_curvature: whether conjugate gradients stopped at negative curvature.

@@ -100,8 +100,9 @@ def check_sign(name: str, state: Any) -> None:
 
 def check_downhill(name: str, update: Any, grad: Tree, step: Tree) -> None:
     """Warns where the first step of a transformation points up the gradient; seen eagerly only."""
-    leaves = jax.tree.leaves((grad, step))
-    if update in _looked_at or any(isinstance(x, jax.core.Tracer) for x in leaves):
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((grad, step))):
+        return
+    if update in _looked_at:
         return
     if len(_looked_at) > 100:
         _looked_at.clear()

@@ -28,6 +28,23 @@ class BindBatchState(NamedTuple):
     inner: Any
 
 
+class _Held:
+    """Keeps what is bound as it is.
+
+    optimistix looks for arrays in the closures of an optimizer and makes them operands: metrics
+    with such arrays would be other ones at every trace, and static no more.
+    """
+
+    def __init__(self, inner: Any, batch: Tree, value_fn: Callable[..., Any] | None) -> None:
+        self.inner = optax.with_extra_args_support(inner)
+        self.value_fn = value_fn
+        self._batch = batch
+
+    def batch(self, count: jax.Array) -> Tree:
+        """The batch of an update."""
+        return self._batch(count) if callable(self._batch) else self._batch
+
+
 def bind_batch(
     inner: optax.GradientTransformation,
     batch: Tree | Callable[[jax.Array], Tree],
@@ -86,11 +103,12 @@ def bind_batch(
         raise TypeError(f"{name}: value_fn must be a function, got {value_fn!r}")
     if not callable(batch):
         _boundary.check_batch(name, batch)
-    inner = optax.with_extra_args_support(inner)
+    held = _Held(inner, batch, value_fn)
+    del inner, batch, value_fn  # functions below hold `held` alone
 
     def init_fn(params: Tree) -> BindBatchState:
         count = _sharding.place_beside(jnp.zeros((), jnp.int32), params)
-        return BindBatchState(count, inner.init(params))
+        return BindBatchState(count, held.inner.init(params))
 
     def update_fn(
         updates: Tree,
@@ -102,9 +120,9 @@ def bind_batch(
         _call.check_positional(name, misplaced)
         if "batch" in extra_args:
             raise TypeError(f"{name}: update() got the keyword `batch`, which is bound already")
-        now = batch(state.count) if callable(batch) else batch
-        keywords = _bound(name, now, updates, params, extra_args, value_fn, has_aux=has_aux)
-        new, inner_state = inner.update(updates, state.inner, params, batch=now, **keywords)
+        now = held.batch(state.count)
+        keywords = _bound(name, now, updates, params, extra_args, held.value_fn, has_aux=has_aux)
+        new, inner_state = held.inner.update(updates, state.inner, params, batch=now, **keywords)
         count = _call.keep_types(optax.safe_increment(state.count), state.count)
         return new, BindBatchState(count, inner_state)
 

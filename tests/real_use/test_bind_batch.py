@@ -77,6 +77,10 @@ def test_optimistix_finds_the_minimum(standard_promotion):
     for name in ("natural_gradient", "a line search", "levenberg_marquardt"):
         tx = INNER[name][0]  # it passes its own `value_fn`
         solved(minimised(ng.bind_batch(tx, BATCH)).value)
+    # It makes operands of the arrays in an optimizer's closures; a metric may have some.
+    shift = jnp.zeros(40)
+    metric = ng.gauss_newton(lambda params, batch: residual(params, batch) + shift)
+    solved(minimised(ng.bind_batch(ng.natural_gradient(1.0, metric, damping=0.0), BATCH)).value)
     with pytest.raises(TypeError, match="needs the keyword argument `batch`"):
         minimised(NEWTON)
 

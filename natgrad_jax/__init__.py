@@ -60,6 +60,7 @@ from natgrad_jax.solvers import woodbury as woodbury
 
 # optax transformations
 from natgrad_jax.transforms import adaptive_natural_gradient as adaptive_natural_gradient
+from natgrad_jax.transforms import bind_batch as bind_batch
 from natgrad_jax.transforms import clip_by_kl as clip_by_kl
 from natgrad_jax.transforms import levenberg_marquardt as levenberg_marquardt
 from natgrad_jax.transforms import natural_gradient as natural_gradient
@@ -69,3 +70,7 @@ from natgrad_jax.transforms import scale_by_quadratic_model as scale_by_quadrati
 from natgrad_jax.transforms import scale_by_steepest_descent as scale_by_steepest_descent
 from natgrad_jax.transforms import scale_to_kl as scale_to_kl
 from natgrad_jax.transforms import trpo as trpo
+
+# Diagnostics of their states
+from natgrad_jax.diagnostics import Diagnostics as Diagnostics
+from natgrad_jax.diagnostics import info as info

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from natgrad_jax.metrics import Metric
@@ -28,6 +29,12 @@ def check_number(caller: str, name: str, value: Any, *, schedule: bool = False) 
     """
     if schedule and callable(value):
         return
+    if callable(value):
+        raise TypeError(
+            f"{caller}: {name} must be a number, got a function ({value!r}); give a schedule"
+            " by optax.inject_hyperparams around the transformation, where there is none call"
+            " schedule(step)"
+        )
     numeric = isinstance(value, int | float) or hasattr(value, "dtype")
     if not numeric or not jnp.issubdtype(jnp.result_type(value), jnp.number):
         wanted = "a number or a schedule" if schedule else "a number"
@@ -77,6 +84,34 @@ def check_batch(caller: str, batch: Tree) -> None:
             )
 
 
+#: Weights that were looked at: a training loop asks at every step.
+_weighed: dict[Any, None] = {}
+
+
+def check_weights(caller: str, metric: Metric, batch: Tree) -> None:
+    """Raises where weights are seen to be negative, once for each metric and shape of batch.
+
+    Called eagerly only: what is traced has no values.
+    """
+    leaves = jax.tree.leaves(batch)
+    if metric.weights is None or any(isinstance(x, jax.core.Tracer) for x in leaves):
+        return
+    key = metric, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
+    if key in _weighed:
+        return
+    if len(_weighed) > 100:
+        _weighed.clear()
+    _weighed[key] = None
+    weights = jax.tree.leaves(metric.weights(batch))
+    found = [np.asarray(w) for w in weights if not isinstance(w, jax.core.Tracer)]
+    least = min((float(np.min(w, initial=0)) for w in found), default=0.0)
+    if least < 0:
+        raise ValueError(
+            f"{caller}: weights(batch) of {metric.name} must not be negative, got {least:.4g}: F"
+            " would not be positive semi-definite"
+        )
+
+
 def check_real(caller: str, name: str, tree: Tree) -> None:
     """Raises unless every leaf is real: a cast would drop imaginary parts."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -111,7 +146,7 @@ def fill_masked(metric: Metric, params: Tree, full_params: Tree | None) -> Metri
     `optax.masked` and `optax.partition` put `MaskedNode` in place of hidden leaves; the model gets
     those from `full_params`, where they are constants.
     """
-    if metric.outputs is None or not _masked(params):
+    if metric.outputs is None or not masked(params):
         return metric
     outputs = lambda visible, batch: metric.outputs(
         filled(metric.name, visible, full_params), batch
@@ -121,7 +156,7 @@ def fill_masked(metric: Metric, params: Tree, full_params: Tree | None) -> Metri
 
 def filled(caller: str, visible: Tree, full_params: Tree | None) -> Tree:
     """The parameters with hidden leaves from `full_params`."""
-    if not _masked(visible):
+    if not masked(visible):
         return visible
     if full_params is None:
         raise ValueError(
@@ -132,9 +167,21 @@ def filled(caller: str, visible: Tree, full_params: Tree | None) -> Tree:
     return jax.tree.map(take, visible, full_params, is_leaf=_hidden)
 
 
+def visible(tree: Tree, params: Tree) -> Tree:
+    """A tree like all parameters, or like the visible ones, with hidden leaves as in `params`.
+
+    Where it fits neither it is left as it is, for a check to say so.
+    """
+    whole = jax.tree.structure(jax.tree.map(lambda x: 0, params, is_leaf=_hidden))
+    if not masked(params) or jax.tree.structure(tree) != whole:  # type: ignore[operator]
+        return tree
+    return jax.tree.map(lambda p, x: p if _hidden(p) else x, params, tree, is_leaf=_hidden)
+
+
 def _hidden(x: object) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
-def _masked(params: Tree) -> bool:
+def masked(params: Tree) -> bool:
+    """Whether `optax.masked` or `optax.partition` hide some leaves."""
     return any(map(_hidden, jax.tree.leaves(params, is_leaf=_hidden)))

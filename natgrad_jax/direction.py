@@ -10,8 +10,10 @@ from natgrad_jax import _acceleration
 from natgrad_jax import _boundary
 from natgrad_jax import _damping_scale
 from natgrad_jax import _independence
+from natgrad_jax import _records
 from natgrad_jax import _sharding
 from natgrad_jax import _trees
+from natgrad_jax import _unseen
 from natgrad_jax.curvature import curvature
 from natgrad_jax.metrics import Metric
 from natgrad_jax.solvers._solver import NOT_MEASURED
@@ -28,14 +30,16 @@ class NaturalGradientInfo(NamedTuple):
     Attributes:
       damping: the damping used.
       iterations: products with F that an iterative solver took, 0 for direct ones.
-      relative_residual: ||(F + damping I) d - g|| / ||g||, or -1 where it was not measured. Where
-        it is rounding it is told within a factor of ten, nine times in ten. With a damping scale s
-        this and `outside_row_space` are those of the system in s^(1/2) theta.
+      relative_residual: ||(F + damping I) d - g|| / ||g||, or -1 where it was not measured, which
+        prints as such. Where it is rounding it is told within a factor of ten, nine times in ten.
+        With a damping scale s this and `outside_row_space` are those of the system in s^(1/2)
+        theta.
       grad_dot_direction: the inner product of the gradient and the direction.
       outside_row_space: the share of ||d|| outside the row space of R, where F is zero and the
-        gradient was only divided by the damping. For `cg` an upper bound, which is the share itself
-        once it has converged; for solvers that approximate F the root of the share of g^T d where
-        their own matrix is zero. -1 where it was not measured: for a Hessian (but by
+        gradient was only divided by the damping; `cholesky` and `woodbury` count modes of F far
+        below the damping with it. For `cg` an upper bound, which is the share itself once it has
+        converged and may be 1 long before; for solvers that approximate F the root of the share of
+        g^T d where their own matrix is zero. -1 where it was not measured: for a Hessian (but by
         `spectral`), and for `cg` with a preconditioner.
       eigen_taken: whether an eigendecomposition was used (damping 0, or a failed Cholesky).
       negative_curvature: whether conjugate gradients stopped at negative curvature.
@@ -51,6 +55,9 @@ class NaturalGradientInfo(NamedTuple):
     eigen_taken: jax.Array
     negative_curvature: jax.Array
     acceleration: jax.Array
+
+    def __repr__(self) -> str:
+        return _records.line(self)
 
 
 def empty_info() -> NaturalGradientInfo:
@@ -125,11 +132,12 @@ def natural_gradient_direction(
       Amari, 1998, Natural gradient works efficiently in learning; Marquardt, 1963 (the diagonal).
     """
     caller = "natural_gradient_direction"
-    check_arguments(caller, metric, solver, damping)
+    check_arguments(caller, metric, solver, damping, schedule=False)
     _boundary.check_params(caller, params)
     _boundary.check_batch(caller, batch)
     _boundary.check_like_params(caller, "grads", grads, params)
     _independence.check_claim(caller, metric, params, batch)
+    _boundary.check_weights(caller, metric, batch)
     damping_scale = _damping_scale.check(caller, damping_scale, solver)
     _damping_scale.check_prefix(caller, damping_scale, params)
     solver = AUTOMATIC if solver is None else solver
@@ -141,7 +149,9 @@ def natural_gradient_direction(
     return _sharding.keep(direction, grads), info
 
 
-def check_arguments(caller: str, metric: Metric, solver: Solver | None, damping: Any) -> None:
+def check_arguments(
+    caller: str, metric: Metric, solver: Solver | None, damping: Any, *, schedule: bool
+) -> None:
     """Raises unless metric, solver and damping are such, and fit one another."""
     _boundary.check_metric(caller, metric)
     if solver is not None and not isinstance(solver, Solver):
@@ -154,7 +164,7 @@ def check_arguments(caller: str, metric: Metric, solver: Solver | None, damping:
             f"{caller}: the solver {solver.name} works on rows, and the metric {metric.name} has"
             " none; take cholesky(), cg(), spectral(), diagonal(), block_diagonal() or None"
         )
-    _boundary.check_number(caller, "damping", damping, schedule=True)
+    _boundary.check_number(caller, "damping", damping, schedule=schedule)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), static_argnames=("accelerated",))
@@ -184,13 +194,14 @@ def compiled_direction(
       (direction, solver state, velocity, info).
     """
     dtype = _trees.work_dtype(params)
-    metric = _boundary.fill_masked(metric, params, full_params)
+    made, metric = metric, _boundary.fill_masked(metric, params, full_params)
     damping = jnp.asarray(damping).astype(dtype)
     g = _trees.cast(grads, dtype)
     if not jax.tree.leaves(params):
         return grads, state, velocity, empty_info()._replace(damping=damping.astype(jnp.float32))
 
     here = curvature(metric, params, batch, key)
+    _unseen.warn(metric, made, params, batch)
     solve, state = _damping_scale.scaled(solver, damping_scale).prepare(here, damping, state)
     rhs = g
     if velocity is not None:

@@ -70,6 +70,11 @@ def example_groups(
                 " examples could lie; give batch_axes=None for leaves that all examples share"
             )
         sizes.append(None if axis is None else leaf.shape[axis])
+        if sizes[-1] == 0:
+            raise ValueError(
+                f"{caller}: the batch is empty: a leaf of shape {leaf.shape} holds no examples"
+                f" along axis {axis}; skip the update, or give batch_axes=None for what is shared"
+            )
     distinct = list(dict.fromkeys(s for s in sizes if s is not None))
     if not distinct:
         return (Group(None, axes),)

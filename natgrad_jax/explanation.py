@@ -8,6 +8,7 @@ import jax
 
 from natgrad_jax import _boundary
 from natgrad_jax import _trees
+from natgrad_jax import _unseen
 from natgrad_jax.curvature import curvature
 from natgrad_jax.jacobian import assemble
 from natgrad_jax.jacobian import gram
@@ -81,6 +82,11 @@ class Explanation(NamedTuple):
         """Multiplications of the Gram matrix."""
         return sum(leaf.operations for leaf in self.leaves)
 
+    @property
+    def unseen(self) -> tuple[str, ...]:
+        """Parameters that F does not see: outputs do not depend on them but by `stop_gradient`."""
+        return tuple(leaf.path for leaf in self.leaves if leaf.form == "none")
+
     def _table(self) -> list[list[str]]:
         head = ["parameter", "shape", "form", "uses", "positions", "memory", "Gram", "why dense"]
         lines = [
@@ -110,7 +116,13 @@ class Explanation(NamedTuple):
             "whole": "rows come from the whole batch, a backward pass for each",
         }[self.mode]
         why = f": {self.reason}" if self.reason else ""
-        return f"{self.rows} rows, {self.parameters} parameters; {how}{why}"
+        summary = f"{self.rows} rows, {self.parameters} parameters; {how}{why}"
+        if not self.unseen:
+            return summary
+        return (
+            f"{summary}\nno output depends on {', '.join(self.unseen)}: F is zero there, and their"
+            " gradient is only divided by the damping"
+        )
 
     def __str__(self) -> str:
         table = self._table()
@@ -171,6 +183,7 @@ def explain(metric: Metric, params: Tree, batch: Tree, solver: Solver | None = N
         raise ValueError(f"explain: the metric {metric.name} has no rows")
     groups, dtype = metric.groups(batch), _trees.work_dtype(params)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    unused = _unseen.unused(metric, params, batch)
     found: list[Explanation] = []
 
     def explained(params: Tree, batch: Tree) -> None:
@@ -181,6 +194,7 @@ def explain(metric: Metric, params: Tree, batch: Tree, solver: Solver | None = N
         made, factors = rows_found.factors_of(model, made, outputs, dtype)
         leaves = enumerate(zip(paths, model.params, strict=True))
         reports = [_leaf(path, i, leaf.shape, factors, made) for i, (path, leaf) in leaves]
+        reports = [r._replace(form="none") if r.path in unused else r for r in reports]
         count = sum(group.examples * group.columns for group in made.rows)
         size = _trees.size(params)
         found.append(Explanation(tuple(reports), count, size, made.mode, made.reason or ""))

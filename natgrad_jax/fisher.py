@@ -246,6 +246,7 @@ def _check(caller: str, params: Tree, batch: Tree, metric: Metric | None = None)
     _boundary.check_batch(caller, batch)
     if metric is not None:
         _independence.check_claim(caller, metric, params, batch)
+        _boundary.check_weights(caller, metric, batch)
 
 
 @functools.partial(jax.jit, static_argnums=0)

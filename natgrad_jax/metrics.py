@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax import _mean_kl
+from natgrad_jax import _reading
 from natgrad_jax import _trees
 from natgrad_jax import examples
 from natgrad_jax import output_metrics
@@ -46,6 +47,7 @@ class Metric(NamedTuple):
         where that is read off the model.
       divergence: (outputs p, outputs q, batch) -> mean KL[p || q]; None without a likelihood.
       weighted: whether rows have weights of their own.
+      weights: batch -> these, before they are divided by their sum.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Metric(NamedTuple):
     independent: bool | None = None
     divergence: Callable[[Tree, Tree, Tree], jax.Array] | None = None
     weighted: bool = False
+    weights: Callable[[Tree], Tree] | None = None
 
 
 def exact_fisher(
@@ -117,7 +120,7 @@ def exact_fisher(
       Amari, 1998, Natural gradient works efficiently in learning; Martens, 2020, New insights and
       perspectives on the natural gradient method.
     """
-    _check_functions("exact_fisher", "model", model, weights)
+    model = _check_functions("exact_fisher", "model", model, weights)
     _check_likelihood("exact_fisher", likelihood)
     if (
         type(likelihood).fisher_product is Likelihood.fisher_product
@@ -131,7 +134,7 @@ def exact_fisher(
     exact = _exact(name, likelihood, weights, groups)
     kl = _mean_kl.divergence(name, likelihood, weights, groups)
     made = Metric(name, model, exact, exact, groups, independent=independent, divergence=kl)
-    return made._replace(weighted=weights is not None)
+    return made._replace(weighted=weights is not None, weights=weights)
 
 
 def sampled_fisher(
@@ -192,7 +195,7 @@ def sampled_fisher(
     References:
       Kunstner, Balles and Hennig, 2019, Limitations of the empirical Fisher approximation.
     """
-    _check_functions("sampled_fisher", "model", model, weights)
+    model = _check_functions("sampled_fisher", "model", model, weights)
     _check_likelihood("sampled_fisher", likelihood)
     if not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"sampled_fisher: num_samples must be a positive int, got {num_samples!r}")
@@ -221,7 +224,9 @@ def sampled_fisher(
 
     kl = _mean_kl.divergence(name, likelihood, weights, groups)
     made = Metric(name, model, output_metric, distance_metric, groups, needs_key=True)
-    return made._replace(independent=independent, divergence=kl, weighted=weights is not None)
+    return made._replace(
+        independent=independent, divergence=kl, weighted=weights is not None, weights=weights
+    )
 
 
 def empirical_fisher(
@@ -269,7 +274,7 @@ def empirical_fisher(
       Kunstner, Balles and Hennig, 2019; Sorella, 1998, Green function Monte Carlo with stochastic
       reconfiguration.
     """
-    _check_functions("empirical_fisher", "log_prob", log_prob, weights)
+    log_prob = _check_functions("empirical_fisher", "log_prob", log_prob, weights)
     name, groups = "empirical_fisher", _groups("empirical_fisher", batch_axes)
 
     def output_metric(outputs: Tree, batch: Tree, key: jax.Array | None) -> OutputMetric:
@@ -293,7 +298,7 @@ def empirical_fisher(
         return plain._replace(product=product, removed=jnp.sqrt(weight))
 
     made = Metric(name, log_prob, output_metric, output_metric, groups, independent=independent)
-    return made._replace(weighted=weights is not None)
+    return made._replace(weighted=weights is not None, weights=weights)
 
 
 def gauss_newton(
@@ -334,7 +339,7 @@ def gauss_newton(
     References:
       Mueller and Zeinhofer, 2023, Achieving high accuracy with PINNs via energy natural gradients.
     """
-    _check_functions("gauss_newton", "residual", residual, weights)
+    residual = _check_functions("gauss_newton", "residual", residual, weights)
     name, groups = "gauss_newton", _groups("gauss_newton", batch_axes, several=True)
 
     def output_metric(outputs: Tree, batch: Tree, key: jax.Array | None) -> OutputMetric:
@@ -343,7 +348,7 @@ def gauss_newton(
         return output_metrics.row_metric(outputs, row_weights)
 
     made = Metric(name, residual, output_metric, output_metric, groups, independent=independent)
-    return made._replace(weighted=weights is not None)
+    return made._replace(weighted=weights is not None, weights=weights)
 
 
 def hessian(loss: Callable[[Tree, Tree], jax.Array]) -> Metric:
@@ -362,7 +367,7 @@ def hessian(loss: Callable[[Tree, Tree], jax.Array]) -> Metric:
       >>> ng.fisher_diagonal(metric, jnp.ones((2,)), None).tolist()
       [2.0, -6.0]
     """
-    _check_functions("hessian", "loss", loss, None)
+    loss = _check_functions("hessian", "loss", loss, None)
     return Metric("hessian", loss, None, None, None, definite=False)
 
 
@@ -380,11 +385,15 @@ def euclidean() -> Metric:
     return Metric("euclidean", None, None, None, None)
 
 
-def _check_functions(caller: str, name: str, function: object, weights: object) -> None:
+def _check_functions(
+    caller: str, name: str, function: Callable[[Tree, Tree], Any], weights: object
+) -> Callable[[Tree, Tree], Any]:
+    """The function, which tells of the batch where it cannot read it."""
     if not callable(function):
         raise TypeError(f"{caller}: {name} must be a function of (params, batch), got {function!r}")
     if weights is not None and not callable(weights):
         raise TypeError(f"{caller}: weights must be a function of the batch, got {weights!r}")
+    return _reading.told(caller, name, function)
 
 
 def _check_likelihood(caller: str, likelihood: object) -> None:

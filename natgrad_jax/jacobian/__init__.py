@@ -2,6 +2,7 @@
 
 from natgrad_jax.jacobian._jaxpr import has_forward_mode as has_forward_mode
 from natgrad_jax.jacobian._jaxpr import rounding_unit as rounding_unit
+from natgrad_jax.jacobian._jaxpr import unused_inputs as unused_inputs
 from natgrad_jax.jacobian.dense import pulled_columns as pulled_columns
 from natgrad_jax.jacobian.engine import jacobian as jacobian
 from natgrad_jax.jacobian.interface import Jacobian as Jacobian

@@ -51,6 +51,8 @@ class Loop(NamedTuple):
 
 #: Effects that no result depends on.
 _HARMLESS = {"debug_callback", "debug_print"}
+#: Calls that mean nothing but their body.
+_CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
 #: Calls whose derivative is not that of their body.
 CUSTOM = {
     "custom_jvp_call": "call_jaxpr",
@@ -302,6 +304,36 @@ def _coarsest(this: Program) -> float:
     own = [float(jnp.finfo(v.aval.dtype).eps) for v in variables if is_inexact(v)]
     inner = [_coarsest(body) for equation in this.equations for body in inner_programs(equation)]
     return max([*own, *inner], default=0.0)
+
+
+def unused_inputs(function: Callable[..., Tree], *args: Tree) -> list[int]:
+    """Leaves of the arguments, by their number, that no result of a function depends on.
+
+    In calls by name it looks; whatever else takes a leaf counts as using it, `stop_gradient` too.
+    """
+    this, _ = trace(function, *args)
+    used = _used_inputs(this, [True] * len(this.outputs))
+    return [i for i, flag in enumerate(used) if not flag]
+
+
+def _used_inputs(this: Program, wanted: list[bool]) -> list[bool]:
+    needed = {v for v, w in zip(this.outputs, wanted, strict=True) if w and not is_literal(v)}
+    for equation in reversed(this.equations):
+        results = [v in needed for v in equation.outvars]
+        if equation.effects or any(results):
+            flags = _used_operands(equation, results)
+            pairs = zip(equation.invars, flags, strict=True)
+            needed.update(v for v, flag in pairs if flag and not is_literal(v))
+    return [v in needed for v in this.inputs]
+
+
+def _used_operands(equation: Any, results: list[bool]) -> list[bool]:
+    everything = [True] * len(equation.invars)
+    if equation.effects or name(equation) not in _CALLS:
+        return everything
+    body = call_body(equation)
+    fits = len(body.inputs) == len(everything) and len(body.outputs) == len(results)
+    return _used_inputs(body, results) if fits else everything
 
 
 def has_forward_mode(function: Callable[..., Tree], *args: Tree) -> bool:

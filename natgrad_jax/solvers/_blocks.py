@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from natgrad_jax import _boundary
 from natgrad_jax import _trees
@@ -37,18 +36,32 @@ class Average(NamedTuple):
     weights: jax.Array
 
 
-def blocks_at_init(
-    caller: str, metric: Metric, params: Tree, example_batch: Tree, example_params: Tree | None
-) -> tuple[list[Block], Any] | None:
-    """The blocks of the parameters and the working dtype, from shapes; None without parameters.
+#: For each metric the blocks that `init` has met, by what the form of a state depends on.
+Met = dict[Metric, dict[Any, list[Block]]]
 
-    A placeholder (`optax.tree.map_params` asks with one) stands for the example parameters.
+
+def blocks_at_init(
+    caller: str,
+    metric: Metric,
+    params: Tree,
+    example_batch: Tree,
+    example_params: Tree | None,
+    met: Met,
+) -> tuple[list[Block], jnp.dtype] | None:
+    """The blocks of the parameters and the working dtype; None where nothing tells of them.
+
+    `optax.tree.map_params` asks with a placeholder, also for what a mask left visible of the
+    parameters, and no argument says what that was. It stands for the parameters that `init` has met
+    with this metric, unless they differed in their blocks, and before any for the example
+    parameters.
     """
-    hidden = lambda x: isinstance(x, optax.MaskedNode)
-    masked = any(map(hidden, jax.tree.leaves(params, is_leaf=hidden)))
-    if not jax.tree.leaves(params):
-        if masked or example_params is None:
+    masked, asked = _boundary.masked(params), bool(jax.tree.leaves(params))
+    if not asked:
+        before = list(met.get(metric, {}).values())
+        if masked or len(before) > 1 or (not before and example_params is None):
             return None
+        if before:
+            return before[0], _trees.work_dtype(params)
         params = example_params
     if masked and example_params is None:
         raise ValueError(
@@ -68,11 +81,22 @@ def blocks_at_init(
     dtype = lambda x: x.dtype if typed(x) else jax.dtypes.canonicalize_dtype(x.dtype)
     shape = lambda x: jax.ShapeDtypeStruct(jnp.shape(x), dtype(x))
     full = jax.tree.map(shape, example_params) if masked else None
-    jax.eval_shape(read, jax.tree.map(shape, params), full, jax.tree.map(shape, example_batch))
+    try:
+        jax.eval_shape(read, jax.tree.map(shape, params), full, jax.tree.map(shape, example_batch))
+    except (TypeError, ValueError) as error:
+        if jax.tree.leaves(example_batch):
+            raise
+        raise TypeError(
+            f"{caller}: example_batch is {example_batch!r}, and the model cannot be read with that:"
+            f" pass a batch as `update` will see, of which only shapes count ({error})"
+        ) from error
+    if asked:
+        form = tuple((block.shape, block.kind) for block in found)
+        met.setdefault(metric, {})[form] = found
     return found, _trees.work_dtype(params)
 
 
-def start(blocks: list[Block], dtype: Any) -> Average:
+def start(blocks: list[Block], dtype: jnp.dtype) -> Average:
     """The average before the first step."""
     zeros = jax.tree.map(lambda x: x.astype(dtype), tuple(map(_kronecker.empty, blocks)))
     sides = [side for own in zeros for side in own]

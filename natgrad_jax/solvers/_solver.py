@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax import _records
 from natgrad_jax.curvature import Curvature
 from natgrad_jax.metrics import Metric
 
 Tree = Any
 
-#: Stands in `Report.outside_row_space` and `Report.relative_residual` for "not measured". It is no
-#: NaN, so that `jax_debug_nans` and finiteness checks of states keep working.
-NOT_MEASURED = -1.0
+NOT_MEASURED = _records.NOT_MEASURED
 
 
 class Report(NamedTuple):
@@ -74,6 +73,7 @@ class Solver(NamedTuple):
       scales_entries: whether it takes an F whose entries are scaled one by one, which has rows but
         no Kronecker factors.
       approximates: whether another matrix stands for F by design.
+      holds: the type of its state; None for a solver without a name for it.
     """
 
     name: str
@@ -83,6 +83,20 @@ class Solver(NamedTuple):
     anew: Callable[[Any, jax.typing.ArrayLike | None], Any] = lambda state, flag: state
     scales_entries: bool = True
     approximates: bool = False
+    holds: type | None = None
+
+
+def check_state(caller: str, solver: Solver, state: Any, params: Tree) -> None:
+    """Raises where a state is that of another solver."""
+    if not jax.tree.leaves(params):
+        return
+    foreign = solver.holds is not None and not isinstance(state, solver.holds)
+    if foreign or (solver.init is stateless and state != ()):
+        expected = "none" if solver.holds is None else f"a {solver.holds.__name__}"
+        raise TypeError(
+            f"{caller}: the state was made by another solver: {solver.name} keeps {expected}, got a"
+            f" {type(state).__name__}; make a new state with `init`"
+        )
 
 
 def stateless(metric: Metric, params: Tree) -> tuple[()]:

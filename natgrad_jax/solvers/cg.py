@@ -180,6 +180,7 @@ def cg(
         prepare,
         needs_rows=preconditioner is not None and preconditioner.needs_rows,
         scales_entries=preconditioner is None or preconditioner.scales_entries,
+        holds=CGState,
     )
 
 

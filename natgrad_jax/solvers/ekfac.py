@@ -106,9 +106,10 @@ def ekfac(
     _blocks.check_decay(name, decay)
     _boundary.check_count(name, "factors_every", factors_every)
     _boundary.check_count(name, "basis_every", basis_every)
+    met: _blocks.Met = {}
 
     def init(metric: Metric, params: Tree) -> Any:
-        found = _blocks.blocks_at_init(name, metric, params, example_batch, example_params)
+        found = _blocks.blocks_at_init(name, metric, params, example_batch, example_params, met)
         if found is None:
             return jnp.zeros(())  # a prefix of any state: optax asks with a placeholder
         blocks, dtype = found
@@ -147,7 +148,15 @@ def ekfac(
 
         return solve, EKFACState(state.count + 1, average, tuple(bases), squares, weights)
 
-    return Solver(name, init, prepare, needs_rows=True, scales_entries=False, approximates=True)
+    return Solver(
+        name,
+        init,
+        prepare,
+        needs_rows=True,
+        scales_entries=False,
+        approximates=True,
+        holds=EKFACState,
+    )
 
 
 def _apply(

@@ -126,9 +126,10 @@ def kfac(
     _boundary.check_count(name, "factors_every", factors_every)
     _boundary.check_count(name, "inverses_every", inverses_every)
     exact = damping_split == "exact"
+    met: _blocks.Met = {}
 
     def init(metric: Metric, params: Tree) -> Any:
-        found = _blocks.blocks_at_init(name, metric, params, example_batch, example_params)
+        found = _blocks.blocks_at_init(name, metric, params, example_batch, example_params, met)
         if found is None:
             return jnp.zeros(())  # a prefix of any state: optax asks with a placeholder
         average = _blocks.start(*found)
@@ -168,7 +169,14 @@ def kfac(
         return state._replace(count=jnp.where(flag, 0, state.count))
 
     return Solver(
-        name, init, prepare, needs_rows=True, anew=anew, scales_entries=False, approximates=True
+        name,
+        init,
+        prepare,
+        needs_rows=True,
+        anew=anew,
+        scales_entries=False,
+        approximates=True,
+        holds=KFACState,
     )
 
 

@@ -3,6 +3,8 @@
 from natgrad_jax.transforms.adaptive_natural_gradient import (
     adaptive_natural_gradient as adaptive_natural_gradient,
 )
+from natgrad_jax.transforms.bind_batch import BindBatchState as BindBatchState
+from natgrad_jax.transforms.bind_batch import bind_batch as bind_batch
 from natgrad_jax.transforms.clip_by_kl import clip_by_kl as clip_by_kl
 from natgrad_jax.transforms.levenberg_marquardt import levenberg_marquardt as levenberg_marquardt
 from natgrad_jax.transforms.natural_gradient import natural_gradient as natural_gradient

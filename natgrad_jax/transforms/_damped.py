@@ -1,6 +1,7 @@
 """The rule by which damping follows the ratio of actual to predicted decrease."""
 
 import inspect
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax import _boundary
+from natgrad_jax import _trees
 from natgrad_jax.transforms.scale_by_natural_gradient import ScaleByNaturalGradientState
 from natgrad_jax.transforms.scale_by_quadratic_model import ScaleByQuadraticModelState
 
@@ -81,6 +83,37 @@ def within(settings: Settings, damping: jax.Array) -> jax.Array:
     dtype = damping.dtype
     lowest = 10 * jnp.finfo(dtype).eps if settings.lowest is None else settings.lowest
     return jnp.clip(damping, *(jnp.asarray(x).astype(dtype) for x in (lowest, settings.largest)))
+
+
+#: Transformations whose first step was looked at.
+_looked_at: dict[Any, None] = {}
+
+
+def check_sign(name: str, state: Any) -> None:
+    """Raises where the inner transformation is a direction alone, of the gradient's sign."""
+    if isinstance(state, ScaleByNaturalGradientState | ScaleByQuadraticModelState):
+        raise ValueError(
+            f"{name}: inner gives a direction of the gradient's sign, but what is wanted is a step:"
+            " let optax.scale(-1.0) follow in a chain, or take natural_gradient(1.0, metric)"
+        )
+
+
+def check_downhill(name: str, update: Any, grad: Tree, step: Tree) -> None:
+    """Warns where the first step of a transformation points up the gradient; seen eagerly only."""
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((grad, step))):
+        return
+    if update in _looked_at:
+        return
+    if len(_looked_at) > 100:
+        _looked_at.clear()
+    _looked_at[update] = None
+    dtype = _trees.work_dtype(step)
+    if _trees.vdot(_trees.cast(grad, dtype), _trees.cast(step, dtype), dtype) > 0:
+        warnings.warn(
+            f"{name}: the step of `inner` points uphill, along the gradient, and will be rejected"
+            " as long as it does: a sign is missing, as of optax.scale(-1.0)",
+            stacklevel=3,
+        )
 
 
 def check_reads(

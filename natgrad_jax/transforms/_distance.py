@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax import _boundary
+from natgrad_jax import _records
 from natgrad_jax import _trees
 from natgrad_jax.curvature import squared_length
 from natgrad_jax.metrics import Metric
@@ -24,6 +25,9 @@ class KLInfo(NamedTuple):
 
     kl: jax.Array
     factor: jax.Array
+
+    def __repr__(self) -> str:
+        return _records.line(self)
 
 
 class KLState(NamedTuple):

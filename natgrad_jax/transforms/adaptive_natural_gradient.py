@@ -34,6 +34,7 @@ def adaptive_natural_gradient(
     reject: jax.typing.ArrayLike = True,
     model_examples: int | None = None,
     key: int | jax.Array = 0,
+    has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Natural gradient descent that finds its learning rate, momentum and damping by itself.
 
@@ -64,6 +65,7 @@ def adaptive_natural_gradient(
         one that approximates F (:func:`kfac`, :func:`ekfac`, :func:`diagonal`,
         :func:`block_diagonal`): its direction is off by more than such a sample.
       key: seed or key of the samples of a sampling metric.
+      has_aux: whether ``value_fn`` returns a pair of the objective and auxiliary output.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with ``update(grads, state, params, *, batch,
@@ -120,4 +122,4 @@ def adaptive_natural_gradient(
         optax.scale(-1.0),
     )
     foretold = lambda state: state[1].info.predicted
-    return controlled(name, inner, metric, settings, keywords={}, foretold=foretold)
+    return controlled(name, inner, metric, settings, has_aux=has_aux, foretold=foretold)

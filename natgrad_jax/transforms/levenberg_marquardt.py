@@ -10,6 +10,7 @@ import optax
 
 from natgrad_jax import _acceleration
 from natgrad_jax import _boundary
+from natgrad_jax import _records
 from natgrad_jax import _sharding
 from natgrad_jax import _trees
 from natgrad_jax.metrics import Metric
@@ -17,6 +18,7 @@ from natgrad_jax.transforms import _call
 from natgrad_jax.transforms import _damped
 from natgrad_jax.transforms import _objective
 from natgrad_jax.transforms import _reduction
+from natgrad_jax.transforms import _told
 
 Tree = Any
 
@@ -37,6 +39,9 @@ class LevenbergMarquardtInfo(NamedTuple):
     decrease: jax.Array
     predicted: jax.Array
     rejected: jax.Array
+
+    def __repr__(self) -> str:
+        return _records.line(self)
 
 
 class LevenbergMarquardtState(NamedTuple):
@@ -68,6 +73,7 @@ def levenberg_marquardt(
     max_damping: jax.typing.ArrayLike = 1e8,
     reject: jax.typing.ArrayLike = True,
     geodesic_acceleration: bool = False,
+    has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Drives the damping of an inner transformation, and rejects steps that make things worse.
 
@@ -100,12 +106,14 @@ def levenberg_marquardt(
         :func:`scale_by_natural_gradient` (rate 1) where ||a|| is at most 0.75 of the step's length,
         by one jvp of a jvp (by differences of outputs where the model has no forward mode) and one
         more solve with the same factorisation.
+      has_aux: whether ``value_fn`` returns a pair of the objective and auxiliary output.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with ``update(grads, state, params, *, batch,
       value_fn, value=None, grad=None)``; ``value_fn`` is the objective, a function of (params,
-      batch) or of params alone. Every keyword reaches ``inner``, and ``damping``, which is this
-      transformation's own, with them. The state is a :class:`LevenbergMarquardtState`.
+      batch) or of params alone. Every keyword reaches ``inner``. What this transformation adds, the
+      damping above all, reaches those of this package alone, so that ``optax``'s line searches work
+      inside. The state is a :class:`LevenbergMarquardtState`.
 
     Raises:
       TypeError: ``inner`` or ``metric`` is no such thing; ``value_fn`` is missing in `update`.
@@ -151,8 +159,8 @@ def levenberg_marquardt(
     )
     if geodesic_acceleration:
         _acceleration.check(name, metric)
-    keywords = {"geodesic_acceleration": True} if geodesic_acceleration else {}
-    return controlled(name, inner, metric, settings, keywords=keywords)
+    told = _told.Told(geodesic_acceleration=geodesic_acceleration or None)
+    return controlled(name, inner, metric, settings, told=told, has_aux=has_aux)
 
 
 def controlled(
@@ -161,7 +169,8 @@ def controlled(
     metric: Metric,
     settings: _damped.Settings,
     *,
-    keywords: dict[str, Any],
+    has_aux: bool,
+    told: _told.Told = _told.NOTHING,
     foretold: Callable[[Any], jax.Array] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The wrapper itself.
@@ -173,7 +182,9 @@ def controlled(
 
     def init_fn(params: Tree) -> LevenbergMarquardtState:
         state = inner.init(params)
-        for keyword in ("damping", *keywords):
+        _damped.check_sign(name, state)
+        wanted = ["damping"] + ["geodesic_acceleration"] * (told.geodesic_acceleration is not None)
+        for keyword in wanted:
             _damped.check_reads(name, inner, state, params, keyword)
         return _sharding.place_beside(_start(settings, state, params), params)
 
@@ -181,7 +192,7 @@ def controlled(
         updates: Tree,
         state: LevenbergMarquardtState,
         params: Tree | None = None,
-        *,
+        *misplaced: Any,
         batch: Tree = _call.MISSING,
         value: jax.typing.ArrayLike | None = None,
         grad: Tree | None = None,
@@ -189,22 +200,25 @@ def controlled(
         full_params: Tree | None = None,
         **extra_args: Any,
     ) -> tuple[Tree, LevenbergMarquardtState]:
-        _call.check(name, updates, params, batch)
-        objective = _objective.bind(name, value_fn)
+        _call.check(name, updates, params, batch, misplaced)
+        objective = _objective.bind(name, value_fn, has_aux=has_aux)
+        full_params = _told.whole(params, full_params, value_fn)
         at = lambda p: objective(p, batch, full_params)
         if not jax.tree.leaves(params):
             return updates, state
         value = at(params) if value is None else _objective.as_value(name, value)
-        grad = updates if grad is None else grad
-        extra = {**extra_args, **keywords, "value": value, "grad": grad, "value_fn": value_fn}
-        if full_params is not None:
-            extra["full_params"] = full_params
-        extra |= {"damping": state.damping, "refresh": state.rejected}
+        grad = _boundary.visible(updates if grad is None else grad, params)
+        now = told._replace(damping=state.damping, refresh=state.rejected, full_params=full_params)
+        named, now = _told.split(inner.update, now)
+        child = _objective.inside(name, value_fn, batch, full_params, now, has_aux=has_aux)
+        extra = {**extra_args, **named, "value": value, "grad": grad, "value_fn": child}
         step, inner_state = inner.update(updates, state.inner, params, batch=batch, **extra)
+        _damped.check_downhill(name, inner.update, grad, step)
         there = at(optax.apply_updates(params, step)).astype(value.dtype)
         if foretold is None:
             core = functools.partial(_reduction.predicted, metric)
-            operands = (grad, step, params, batch, full_params)
+            hidden = _told.hidden(params, full_params, value_fn)
+            operands = (grad, step, params, batch, hidden)
             predicted = _sharding.run(core, operands, state.damping)
         else:
             predicted = foretold(inner_state)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import optax
 
+from natgrad_jax import _boundary
 from natgrad_jax.metrics import Metric
 from natgrad_jax.solvers._solver import Solver
 from natgrad_jax.transforms import _call
@@ -81,6 +82,9 @@ def natural_gradient(
     References:
       Amari, 1998, Natural gradient works efficiently in learning.
     """
+    for label, number in (("max_kl", max_kl), ("weight_decay", weight_decay)):
+        if callable(number):
+            _boundary.check_number("natural_gradient", label, number)
     parts = [
         scale_by_natural_gradient(
             metric,
@@ -96,4 +100,4 @@ def natural_gradient(
     parts.append(_call.keep_dtypes(optax.scale_by_learning_rate(learning_rate)))
     if max_kl is not None:
         parts.append(clip_by_kl(metric, max_kl))
-    return optax.chain(*parts)
+    return _call.named("natural_gradient", optax.chain(*parts))

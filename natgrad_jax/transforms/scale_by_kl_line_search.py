@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax import _boundary
+from natgrad_jax import _records
 from natgrad_jax import _sharding
 from natgrad_jax import _trees
 from natgrad_jax.likelihoods import Likelihood
@@ -16,6 +17,7 @@ from natgrad_jax.metrics import Metric
 from natgrad_jax.metrics import exact_fisher
 from natgrad_jax.transforms import _call
 from natgrad_jax.transforms import _objective
+from natgrad_jax.transforms import _told
 from natgrad_jax.transforms._objective import Objective
 
 Tree = Any
@@ -38,6 +40,9 @@ class KLLineSearchInfo(NamedTuple):
     decrease: jax.Array
     accepted: jax.Array
 
+    def __repr__(self) -> str:
+        return _records.line(self)
+
 
 class ScaleByKLLineSearchState(NamedTuple):
     """State of :func:`scale_by_kl_line_search`: the diagnostics of the last update."""
@@ -52,6 +57,7 @@ def scale_by_kl_line_search(
     *,
     shrink: jax.typing.ArrayLike = 0.7,
     max_shrinks: jax.typing.ArrayLike = 15,
+    has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shortens a step until it stays within a KL radius and lowers the objective.
 
@@ -71,6 +77,7 @@ def scale_by_kl_line_search(
       max_kl: the radius c > 0, in nats per row.
       shrink: the factor s in (0, 1).
       max_shrinks: K, how often the step may be shortened. By default to 0.005 of its length.
+      has_aux: whether ``value_fn`` returns a pair of the objective and auxiliary output.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with ``update(updates, state, params, *, batch,
@@ -115,13 +122,14 @@ def scale_by_kl_line_search(
     check_search(name, max_kl, shrink, max_shrinks)
 
     def init_fn(params: Tree) -> ScaleByKLLineSearchState:
+        _call.check_init(name, params)
         return _sharding.place_beside(_empty(), params)
 
     def update_fn(
         updates: Tree,
         state: ScaleByKLLineSearchState,
         params: Tree | None = None,
-        *,
+        *misplaced: Any,
         batch: Tree = _call.MISSING,
         value: jax.typing.ArrayLike | None = None,
         value_fn: Callable[..., Any] | None = None,
@@ -129,8 +137,9 @@ def scale_by_kl_line_search(
         **extra_args: Any,
     ) -> tuple[Tree, ScaleByKLLineSearchState]:
         del extra_args
-        _call.check(name, updates, params, batch)
-        objective = _objective.bind(name, value_fn)
+        _call.check(name, updates, params, batch, misplaced)
+        objective = _objective.bind(name, value_fn, has_aux=has_aux)
+        full_params = _told.hidden(params, full_params, value_fn)
         value = None if value is None else _objective.as_value(name, value)
         core = functools.partial(_searched, metric, objective)
         operands = (updates, params, batch, value, max_kl, shrink, max_shrinks, full_params)

@@ -17,8 +17,10 @@ from natgrad_jax import _trees
 from natgrad_jax import direction
 from natgrad_jax.metrics import Metric
 from natgrad_jax.solvers._solver import Solver
+from natgrad_jax.solvers._solver import check_state
 from natgrad_jax.solvers.automatic import AUTOMATIC
 from natgrad_jax.transforms import _call
+from natgrad_jax.transforms import _told
 
 Tree = Any
 
@@ -126,7 +128,7 @@ def scale_by_natural_gradient(
       wavefunctions (SPRING).
     """
     name = "scale_by_natural_gradient"
-    direction.check_arguments(name, metric, solver, damping)
+    direction.check_arguments(name, metric, solver, damping, schedule=True)
     scale = _damping_scale.check(name, damping_scale, solver)
     solve = AUTOMATIC if solver is None else solver
     keys = _random.key_stream(name, key)
@@ -137,6 +139,7 @@ def scale_by_natural_gradient(
     default_damping = damping
 
     def init_fn(params: Tree) -> ScaleByNaturalGradientState:
+        _call.check_init(name, params)
         if jax.tree.leaves(params):  # optax also asks with a placeholder, which is like nothing
             _damping_scale.check_prefix(name, scale, params)
         state = ScaleByNaturalGradientState(
@@ -152,7 +155,7 @@ def scale_by_natural_gradient(
         updates: Tree,
         state: ScaleByNaturalGradientState,
         params: Tree | None = None,
-        *,
+        *misplaced: Any,
         batch: Tree = _call.MISSING,
         damping: jax.typing.ArrayLike | None = None,
         full_params: Tree | None = None,
@@ -160,27 +163,34 @@ def scale_by_natural_gradient(
         geodesic_acceleration: bool = False,
         **extra_args: Any,
     ) -> tuple[Tree, ScaleByNaturalGradientState]:
-        del extra_args
-        _call.check(name, updates, params, batch)
+        value_fn = extra_args.get("value_fn")
+        told = _told.merged(
+            _told.Told(damping, refresh, None, geodesic_acceleration), _told.told(value_fn)
+        )
+        _call.check(name, updates, params, batch, misplaced)
+        full_params = _told.hidden(params, full_params, value_fn)
+        check_state(name, solve, state.solver, params)
+        _boundary.check_weights(name, metric, batch)
         if metric.independent:
             filled = _boundary.fill_masked(metric, params, full_params)
             _independence.check_claim(name, filled, params, batch)
         _damping_scale.check_prefix(name, scale, params)
-        if damping is not None:
-            _boundary.check_number(f"{name}: update()", "damping", damping)
-        if geodesic_acceleration:
+        if told.damping is not None:
+            _boundary.check_number(f"{name}: update()", "damping", told.damping)
+        accelerated = bool(told.geodesic_acceleration)
+        if accelerated:
             _acceleration.check(name, metric)
-        solver_state = solve.anew(state.solver, refresh)
+        solver_state = solve.anew(state.solver, told.refresh)
         at_count = lambda x: x(state.count) if callable(x) else x
         key, sample_key = keys.split(state.key)
         core = functools.partial(
-            direction.compiled_direction, metric, solve, accelerated=geodesic_acceleration
+            direction.compiled_direction, metric, solve, accelerated=accelerated
         )
         operands = (
             updates,
             params,
             batch,
-            at_count(default_damping if damping is None else damping),
+            at_count(default_damping if told.damping is None else told.damping),
             sample_key,
             solver_state,
             at_count(momentum),

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax import _boundary
+from natgrad_jax import _records
 from natgrad_jax import _sharding
 from natgrad_jax import _thinning
 from natgrad_jax import _trees
 from natgrad_jax.curvature import inner_products
 from natgrad_jax.metrics import Metric
 from natgrad_jax.transforms import _call
+from natgrad_jax.transforms import _told
 
 Tree = Any
 
@@ -31,6 +33,9 @@ class QuadraticModelInfo(NamedTuple):
     rate: jax.Array
     momentum: jax.Array
     predicted: jax.Array
+
+    def __repr__(self) -> str:
+        return _records.line(self)
 
 
 class ScaleByQuadraticModelState(NamedTuple):
@@ -115,6 +120,7 @@ def scale_by_quadratic_model(
     default_damping = damping
 
     def init_fn(params: Tree) -> ScaleByQuadraticModelState:
+        _call.check_init(name, params)
         count = jnp.zeros((), jnp.int32)
         # Of its own, so that a step that donates its state does not take the parameters along.
         seen = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
@@ -126,21 +132,24 @@ def scale_by_quadratic_model(
         updates: Tree,
         state: ScaleByQuadraticModelState,
         params: Tree | None = None,
-        *,
+        *misplaced: Any,
         batch: Tree = _call.MISSING,
         grad: Tree | None = None,
         damping: jax.typing.ArrayLike | None = None,
         full_params: Tree | None = None,
         **extra_args: Any,
     ) -> tuple[Tree, ScaleByQuadraticModelState]:
-        del extra_args
-        _call.check(name, updates, params, batch)
+        value_fn = extra_args.get("value_fn")
+        _call.check(name, updates, params, batch, misplaced)
         if grad is None:
             raise TypeError(
                 f"{name}: update() needs the keyword argument `grad`, the gradient of the"
                 " objective: update(direction, state, params, batch=batch, grad=grad)"
             )
+        grad = _boundary.visible(grad, params)
         _boundary.check_like_params(f"{name}: update()", "grad", grad, params)
+        full_params = _told.hidden(params, full_params, value_fn)
+        damping = _told.merged(_told.Told(damping), _told.told(value_fn)).damping
         damping = default_damping if damping is None else damping
         damping = damping(state.count) if callable(damping) else damping
         core = functools.partial(_scaled, metric, examples)

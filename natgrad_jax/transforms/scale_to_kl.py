@@ -11,6 +11,7 @@ from natgrad_jax import _sharding
 from natgrad_jax.metrics import Metric
 from natgrad_jax.transforms import _call
 from natgrad_jax.transforms import _distance
+from natgrad_jax.transforms import _told
 
 Tree = Any
 
@@ -63,19 +64,20 @@ def kl_transformation(
     _boundary.check_number(name, "the KL divergence", kl)
 
     def init_fn(params: Tree) -> _distance.KLState:
+        _call.check_init(name, params)
         return _sharding.place_beside(_distance.empty_state(), params)
 
     def update_fn(
         updates: Tree,
         state: _distance.KLState,
         params: Tree | None = None,
-        *,
+        *misplaced: Any,
         batch: Tree = _call.MISSING,
         full_params: Tree | None = None,
         **extra_args: Any,
     ) -> tuple[Tree, _distance.KLState]:
-        del extra_args
-        _call.check(name, updates, params, batch)
+        _call.check(name, updates, params, batch, misplaced)
+        full_params = _told.hidden(params, full_params, extra_args.get("value_fn"))
         core = functools.partial(_distance.rescaled, metric, at_most)
         operands = (updates, params, batch, kl, full_params)
         scaled, new = _sharding.run(core, operands, (updates, state))

@@ -10,6 +10,7 @@ from natgrad_jax.likelihoods import Likelihood
 from natgrad_jax.metrics import Metric
 from natgrad_jax.solvers import cg
 from natgrad_jax.solvers._solver import Solver
+from natgrad_jax.transforms import _call
 from natgrad_jax.transforms.scale_by_kl_line_search import check_search
 from natgrad_jax.transforms.scale_by_kl_line_search import measure
 from natgrad_jax.transforms.scale_by_kl_line_search import scale_by_kl_line_search
@@ -29,6 +30,7 @@ def trpo(
     shrink: jax.typing.ArrayLike = 0.7,
     max_shrinks: jax.typing.ArrayLike = 15,
     key: int | jax.Array = 0,
+    has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trust region policy optimization.
 
@@ -54,6 +56,7 @@ def trpo(
       shrink: the factor s in (0, 1).
       max_shrinks: how often the step may be shortened before it is given up.
       key: seed or key of the samples of a sampling metric.
+      has_aux: whether ``value_fn`` returns a pair of the objective and auxiliary output.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with ``update(grads, state, params, *, batch,
@@ -84,6 +87,25 @@ def trpo(
       >>> bool(jax.nn.softmax(p)[1] > 0.95)
       True
 
+      A value head beside the policy has no part in its distribution, so that F is zero there and a
+      step in one tree with it goes wrong (a warning names such parameters). Give it an optimizer of
+      its own:
+
+      >>> net = lambda p, x: (x @ p["policy"], x @ p["value"])
+      >>> tx = optax.partition(
+      ...     {"policy": ng.trpo(lambda p, x: net(p, x)[0], ng.Categorical(), max_kl=0.01),
+      ...      "value": optax.adam(1e-2)},
+      ...     {"policy": "policy", "value": "value"})
+      >>> p, x = {"policy": jnp.zeros((2, 3)), "value": jnp.zeros((2, 1))}, jnp.eye(2)
+      >>> loss = lambda p, x: (-jnp.mean(jax.nn.softmax(net(p, x)[0])[:, 0])
+      ...                      + jnp.mean((net(p, x)[1] - 1.0) ** 2))
+      >>> updates, _ = tx.update(
+      ...     jax.grad(loss)(p, x), tx.init(p), p, batch=x, value_fn=loss, full_params=p)
+      >>> kl = ng.kl_divergence(lambda p, x: net(p, x)[0], ng.Categorical(), p,
+      ...                       optax.apply_updates(p, updates), x)
+      >>> bool(0.005 < kl <= 0.01)
+      True
+
     Notes:
       The length of a step does not depend on the size of the gradient: where that is noise, so is
       a whole step. A gradient of exactly zero gives a step of exactly zero, not accepted. Wrap the
@@ -98,9 +120,12 @@ def trpo(
     metric = measure(name, model, likelihood)
     check_search(name, max_kl, shrink, max_shrinks)
     solve = cg(max_iterations=20) if solver is None else solver
-    return optax.chain(
+    steps = optax.chain(
         scale_by_natural_gradient(metric, solver=solve, damping=damping, key=key),
         scale_to_kl(metric, max_kl),
         optax.scale(-1.0),
-        scale_by_kl_line_search(metric, max_kl=max_kl, shrink=shrink, max_shrinks=max_shrinks),
+        scale_by_kl_line_search(
+            metric, max_kl=max_kl, shrink=shrink, max_shrinks=max_shrinks, has_aux=has_aux
+        ),
     )
+    return _call.named(name, steps)

@@ -7,7 +7,7 @@ only if some lane needs it.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,25 +57,31 @@ def _eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     return values, vectors
 
 
-_looped_eigh = jax.custom_batching.custom_vmap(_eigh)
+def lane_by_lane(decompose: Callable[..., tuple[jax.Array, ...]]) -> Callable[..., Any]:
+    """A decomposition that may stand in the body of a loop under vmap.
 
-
-@_looped_eigh.def_vmap
-def _lanes_of_eigh(
-    axis_size: int, in_batched: list[bool], matrices: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], tuple[bool, bool]]:
-    """One by one on CPUs before JAX 0.12.
-
-    There a batch of them in the body of a loop can leave the runtime waiting for ever (jaxlib
-    0.10.2, two cores, a vmap over training loops with `cholesky`).
+    There a batch of them can leave the runtime of CPUs before JAX 0.12 waiting for ever (jaxlib
+    0.10.2, two cores, a vmap over training loops with `cholesky`): they go one by one.
     """
-    del axis_size, in_batched
-    together = jax.vmap(_eigh)
-    if jax.__version_info__ >= (0, 12):
-        return together(matrices), (True, True)
-    one_by_one = functools.partial(jax.lax.map, _looped_eigh)
-    lanes = jax.lax.platform_dependent(matrices, cpu=one_by_one, default=together)
-    return lanes, (True, True)
+    looped = jax.custom_batching.custom_vmap(decompose)
+
+    @looped.def_vmap
+    def lanes(axis_size: int, in_batched: list[bool], *operands: jax.Array) -> tuple[Any, Any]:
+        del axis_size, in_batched
+        together = jax.vmap(decompose)
+        if jax.__version_info__ >= (0, 12):
+            results = together(*operands)
+        else:
+            one_by_one = functools.partial(jax.lax.map, lambda lane: looped(*lane))
+            results = jax.lax.platform_dependent(
+                operands, cpu=one_by_one, default=lambda all_lanes: together(*all_lanes)
+            )
+        return results, jax.tree.map(lambda _: True, results)
+
+    return looped
+
+
+_looped_eigh = lane_by_lane(_eigh)
 
 
 def damped_inverse(values: jax.Array, damping: jax.Array) -> jax.Array:

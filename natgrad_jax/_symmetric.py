@@ -28,10 +28,14 @@ class Factor(NamedTuple):
     Attributes:
       solve: b (n,) -> (A + damping I)^-1 b, the pseudo-inverse for damping 0.
       eigen_taken: whether the eigendecomposition was needed.
+      damping: that of `solve`, which is more than was asked for where `shifted`.
+      shifted: whether it is.
     """
 
     solve: Callable[[jax.Array], jax.Array]
     eigen_taken: jax.Array
+    damping: jax.Array
+    shifted: jax.Array
 
 
 def matvec(matrix: jax.Array, vector: jax.Array) -> jax.Array:
@@ -67,7 +71,10 @@ def lane_by_lane(decompose: Callable[..., tuple[jax.Array, ...]]) -> Callable[..
 
     @looped.def_vmap
     def lanes(axis_size: int, in_batched: list[bool], *operands: jax.Array) -> tuple[Any, Any]:
-        del axis_size, in_batched
+        operands = tuple(
+            x if batched else jnp.broadcast_to(x, (axis_size, *jnp.shape(x)))
+            for x, batched in zip(operands, in_batched, strict=True)
+        )
         together = jax.vmap(decompose)
         if jax.__version_info__ >= (0, 12):
             results = together(*operands)
@@ -110,6 +117,7 @@ def factorize(
     definite: bool = True,
     floor: jax.Array | float = 0.0,
     in_range: bool = False,
+    shift: jax.Array | None = None,
 ) -> Factor:
     """Prepares solves with A + damping I.
 
@@ -123,20 +131,26 @@ def factorize(
       definite: whether A is positive semi-definite, so that negative eigenvalues are rounding.
       floor: a squared pivot at or below it asks for the eigendecomposition, too.
       in_range: whether solutions by eigendecomposition leave out the null space of A.
+      shift: more damping, with which Cholesky tries again before an eigendecomposition is taken;
+        for those who iterate with the factor as a preconditioner.
 
     Returns:
       A :class:`Factor`.
     """
     n, dtype = matrix.shape[0], matrix.dtype
-    damped = matrix + damping * jnp.eye(n, dtype=dtype)
-    # LAPACK's order is column-major: of a symmetric matrix it can have the transpose as it is, and
-    # the transpose of its factor crosses loops and branches, all row-major, without a copy.
-    upper = jax.lax.linalg.cholesky(damped.T, symmetrize_input=False).T
-    pivots = jnp.diagonal(upper) ** 2
-    smallest, largest = jnp.min(pivots, initial=jnp.inf), jnp.max(pivots, initial=0)
-    # False for NaN and infinity, too.
-    sound = smallest > jnp.finfo(dtype).eps * largest
-    needed = (damping <= 0) | ~((sound & (smallest > floor)) | (n == 0))
+    upper = _upper_factor(matrix, damping)
+    unsound = ~_is_sound(upper, floor)
+    shifted = jnp.asarray(False)
+    if shift is not None:
+        tried = unsound & (damping > 0)
+
+        def once_more(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            return jnp.asarray(False), _looped_upper_factor(matrix, damping + shift)[0]
+
+        _, upper = jax.lax.while_loop(lambda c: c[0], once_more, (tried, upper))
+        shifted = tried & _is_sound(upper, 0.0)
+        unsound = unsound & ~shifted
+    needed = (damping <= 0) | unsound
 
     def run(carry: tuple[jax.Array, Eigen]) -> tuple[jax.Array, Eigen]:
         return jnp.asarray(False), eigen(matrix, definite=definite, looped=True)
@@ -157,7 +171,26 @@ def factorize(
     def solve(b: jax.Array) -> jax.Array:
         return jax.lax.cond(needed, by_eigen, by_cholesky, b)
 
-    return Factor(solve, needed)
+    more = 0.0 if shift is None else jnp.where(shifted, shift, 0)
+    return Factor(solve, needed, damping + more, shifted)
+
+
+def _upper_factor(matrix: jax.Array, damping: jax.Array) -> jax.Array:
+    damped = matrix + damping * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+    # LAPACK's order is column-major: of a symmetric matrix it can have the transpose as it is, and
+    # the transpose of its factor crosses loops and branches, all row-major, without a copy.
+    return jax.lax.linalg.cholesky(damped.T, symmetrize_input=False).T
+
+
+_looped_upper_factor = lane_by_lane(lambda matrix, damping: (_upper_factor(matrix, damping),))
+
+
+def _is_sound(upper: jax.Array, floor: jax.Array | float) -> jax.Array:
+    """Whether a Cholesky factor holds more than rounding: no for NaN and infinity, too."""
+    pivots = jnp.diagonal(upper) ** 2
+    smallest, largest = jnp.min(pivots, initial=jnp.inf), jnp.max(pivots, initial=0)
+    sound = (smallest > jnp.finfo(upper.dtype).eps * largest) & (smallest > floor)
+    return sound | (upper.shape[0] == 0)
 
 
 def solve_in_range(

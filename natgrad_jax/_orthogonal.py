@@ -29,17 +29,14 @@ class Factor(NamedTuple):
     Attributes:
       solve: g (n,) -> (R^T R + damping I)^-1 g, the pseudo-inverse for damping 0.
       used_svd: whether the singular value decomposition was needed.
+      damping: that of `solve`, which is more than was asked for where `shifted`.
+      shifted: whether it is.
     """
 
     solve: Callable[[jax.Array], jax.Array]
     used_svd: jax.Array
-
-
-class _Range(NamedTuple):
-    """(R^T R + damping I)^-1 on the range, root^T root, and the basis (n, n) of the range."""
-
-    root: jax.Array
-    basis: jax.Array
+    damping: jax.Array
+    shifted: jax.Array
 
 
 def cut(n: int, dtype: jnp.dtype) -> float:
@@ -53,8 +50,9 @@ def cut(n: int, dtype: jnp.dtype) -> float:
 def factorize(rows: jax.Array, damping: jax.Array, *, equilibrate: bool) -> Factor:
     """Prepares solves with R^T R + damping I.
 
-    By triangular factors where these are well conditioned, by singular values, of which those of
-    null modes are cut, where they are not: seldom with damping, unless that is tiny.
+    By triangular factors; for damping 0 by singular values, of which those of null modes are cut,
+    where the triangle is not well conditioned. A damping that is rounding beside R, the square of
+    `cut` times its longest column, is raised to that: the factor is then a preconditioner.
 
     Args:
       rows: R (M, n), M >= n, entries of order one at most.
@@ -66,35 +64,40 @@ def factorize(rows: jax.Array, damping: jax.Array, *, equilibrate: bool) -> Fact
       A :class:`Factor`.
     """
     n, dtype = rows.shape[1], rows.dtype
+    lengths = jnp.linalg.norm(rows, axis=0)
+    longest = jnp.max(lengths, initial=0)
+    lowest = jnp.where(damping > 0, (cut(n, dtype) * longest) ** 2, 0)
+    shifted = damping < lowest
+    damping = jnp.maximum(damping, lowest)
     stacked = jnp.concatenate([rows, jnp.sqrt(damping) * jnp.eye(n, dtype=dtype)])
     upper = jnp.linalg.qr(stacked, mode="r")
-    lengths = jnp.linalg.norm(upper, axis=0)
-    longest = jnp.max(lengths, initial=0)
     longest = jnp.where(longest == 0, 1, longest)
     known = (lengths > cut(n, dtype) * longest) if equilibrate else jnp.zeros((n,), jnp.bool_)
     lengths = jnp.where(known, lengths, longest)
-    scaled = upper / lengths[None]
-    inverse = jax.scipy.linalg.solve_triangular(scaled, jnp.eye(n, dtype=dtype))
-    condition = jnp.linalg.norm(scaled) * jnp.linalg.norm(inverse)
-    # True for NaN and infinity, too.
-    needed = ~(condition * cut(n, dtype) < 1) & (n > 0)
+    needed = (damping <= 0) & ~_well_conditioned(upper / lengths[None])
 
-    def run(carry: tuple[jax.Array, _Range]) -> tuple[jax.Array, _Range]:
-        return jnp.asarray(False), _looped_range(scaled, lengths)
+    def run(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return jnp.asarray(False), _looped_inverse_root(upper, lengths)[0]
 
-    start = _Range(upper, jnp.zeros_like(upper))
-    _, (kept, basis) = jax.lax.while_loop(lambda c: c[0], run, (needed, start))
-    null_gain = jnp.where(damping > 0, 1 / jnp.where(damping > 0, damping, 1), 0)
+    _, kept = jax.lax.while_loop(lambda c: c[0], run, (needed, upper))
 
-    def by_range(g: jax.Array) -> jax.Array:
-        inside = matvec(kept.T, matvec(kept, g))
-        return inside + null_gain * outside(basis, g)[1]
+    def by_root(g: jax.Array) -> jax.Array:
+        return matvec(kept.T, matvec(kept, g))
 
     def by_triangles(g: jax.Array) -> jax.Array:
         half = jax.scipy.linalg.solve_triangular(kept, g, trans="T")
         return jax.scipy.linalg.solve_triangular(kept, half)
 
-    return Factor(lambda g: jax.lax.cond(needed, by_range, by_triangles, g), needed)
+    solve = lambda g: jax.lax.cond(needed, by_root, by_triangles, g)
+    return Factor(solve, needed, damping, shifted)
+
+
+def _well_conditioned(upper: jax.Array) -> jax.Array:
+    """Whether no singular value of a triangle counts as null; by norms of it and of its inverse."""
+    n, dtype = upper.shape[0], upper.dtype
+    inverse = jax.scipy.linalg.solve_triangular(upper, jnp.eye(n, dtype=dtype))
+    # No for NaN and infinity, too.
+    return jnp.linalg.norm(upper) * jnp.linalg.norm(inverse) * cut(n, dtype) < 1
 
 
 def outside(basis: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -109,27 +112,27 @@ def outside(basis: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     return modes + more, left - matvec(basis, more)
 
 
-def _range(scaled: jax.Array, lengths: jax.Array) -> _Range:
-    """Of L = `scaled` diag(lengths), by the singular values of `scaled`.
+def _inverse_root(upper: jax.Array, lengths: jax.Array) -> tuple[jax.Array]:
+    """H with (L^T L)^+ = H^T H, by the singular values of S = L diag(lengths)^-1.
 
-    With scaled = U S W^T the range of L^T is that of B = diag(lengths) W over the modes kept, and
-    with orthogonal factors B = Q T the pseudo-inverse of L^T L is Q T^-T S^-2 T^-1 Q^T.
+    With S = U diag(s) W^T the range of L^T is that of B = diag(lengths) W over the modes kept, and
+    with orthogonal factors B = Q T the pseudo-inverse of L^T L is Q T^-T diag(s)^-2 T^-1 Q^T.
     """
-    n, dtype = scaled.shape[0], scaled.dtype
-    _, s, right = jnp.linalg.svd(scaled)
+    n, dtype = upper.shape[0], upper.dtype
+    _, s, right = jnp.linalg.svd(upper / lengths[None])
     kept = s > cut(n, dtype) * jnp.max(s, initial=0)
     inverse = jnp.where(kept, 1 / jnp.where(kept, s, 1), 0)
     span = jnp.where(kept[None], right.T * lengths[:, None], 0)
-    basis, upper = jnp.linalg.qr(span)
+    basis, triangle = jnp.linalg.qr(span)
     basis = jnp.where(kept[None], basis, 0)
-    upper = upper + jnp.diag(jnp.where(kept, jnp.zeros((), dtype), 1))
-    root = inverse[:, None] * jax.scipy.linalg.solve_triangular(upper, basis.T)
+    triangle = triangle + jnp.diag(jnp.where(kept, jnp.zeros((), dtype), 1))
+    root = inverse[:, None] * jax.scipy.linalg.solve_triangular(triangle, basis.T)
     # With all modes kept B is square, and its inverse known.
     direct = inverse[:, None] * right / lengths[None]
-    return _Range(jnp.where(jnp.all(kept), direct, root), basis)
+    return (jnp.where(jnp.all(kept), direct, root),)
 
 
-_looped_range = lane_by_lane(_range)
+_looped_inverse_root = lane_by_lane(_inverse_root)
 
 
 def reduced(rows: jax.Array) -> tuple[jax.Array, jax.Array]:

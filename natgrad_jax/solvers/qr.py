@@ -1,5 +1,6 @@
 """The solver by orthogonal factors of the rows, which never squares their condition number."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +14,12 @@ from natgrad_jax.solvers import _solver
 from natgrad_jax.solvers._solver import Report
 from natgrad_jax.solvers._solver import Solve
 from natgrad_jax.solvers._solver import Solver
+from natgrad_jax.solvers.cg import iterate
 
 Tree = Any
+
+#: Iterations at most where the damping is rounding beside the rows.
+_ITERATIONS = 100
 
 
 def qr() -> Solver:
@@ -55,9 +60,10 @@ def qr() -> Solver:
       rounded, by eps ||R|| ||r|| for residuals r: so take several steps, each from a smaller r.
 
       Rows are formed in full, M x P numbers. It takes 2 (M + P) P^2 operations for M >= P and
-      4 P M^2 otherwise, two to four times those of `cholesky` and `woodbury`, and singular values
-      of the triangle beside where null modes must be told apart (`info.eigen_taken`). One step of
-      refinement follows.
+      4 P M^2 otherwise, two to four times those of `cholesky` and `woodbury`, and one step of
+      refinement. Where the damping is rounding beside the rows (below the square of the share
+      above), conjugate gradients follow with the factor as preconditioner. With damping 0 singular
+      values of the triangle are taken where some may be null (`info.eigen_taken`).
 
     References:
       Björck, 1996, Numerical methods for least squares problems, chapters 2 and 6 (corrected
@@ -70,9 +76,10 @@ def qr() -> Solver:
         def solve(gradient: Tree, state: tuple[()]) -> tuple[Tree, tuple[()], Report]:
             g = _trees.ravel(gradient)
             d = _apply(system, g)
-            d = d + _apply(system, _residual(system, d, g))
+            d = d + _apply(system, g - _product(system, d))
+            d = _iterated(system, g, d)
             outcome = _solver.report(
-                relative_residual=_solver.relative(_residual(system, d, g), g),
+                relative_residual=_solver.relative(g - _product(system, d), g),
                 outside_row_space=_outside_share(system, d),
                 eigen_taken=system.factor.used_svd,
             )
@@ -117,24 +124,32 @@ def _apply(system: _System, g: jax.Array) -> jax.Array:
     if system.basis is None:
         return system.factor.solve(g)
     modes, outside = _orthogonal.outside(system.basis, g)
-    damped = system.damping > 0
-    gain = jnp.where(damped, 1 / jnp.where(damped, system.damping, 1), 0)
+    damping = system.factor.damping
+    gain = jnp.where(damping > 0, 1 / jnp.where(damping > 0, damping, 1), 0)
     return _symmetric.matvec(system.basis, system.factor.solve(modes)) + gain * outside
 
 
-def _residual(system: _System, d: jax.Array, g: jax.Array) -> jax.Array:
-    return g - _orthogonal.fisher_product(system.rows, d) - system.damping * d
+def _product(system: _System, v: jax.Array) -> jax.Array:
+    return _orthogonal.fisher_product(system.rows, v) + system.damping * v
+
+
+def _iterated(system: _System, g: jax.Array, d: jax.Array) -> jax.Array:
+    """Conjugate gradients from d, where the factor is only a preconditioner."""
+    product, solve = functools.partial(_product, system), functools.partial(_apply, system)
+    limit = jnp.where(system.factor.shifted, _ITERATIONS, 0)
+    tol = 10 * float(jnp.finfo(g.dtype).eps)
+    return iterate(product, solve, system.damping, g, d, product(d), tol=tol, limit=limit).best
 
 
 def _outside_share(system: _System, d: jax.Array) -> jax.Array:
     """Of the direction, by conjugate gradients on F with the factor as preconditioner."""
+    d, _ = _trees.normalised(d, d.dtype)
     modes = d if system.basis is None else _symmetric.matvec(system.basis.T, d)
     few = 64 if modes.shape[0] <= 256 else 8  # a diagnostic must stay cheap
+    damping, solve = system.factor.damping, system.factor.solve
     # The curvature of a null mode comes out as rounding of L, not of F = L^T L.
-    noise = jnp.linalg.norm(system.core) * jnp.sqrt(system.damping)
+    noise = jnp.linalg.norm(system.core) * jnp.sqrt(damping)
     pushed = _orthogonal.fisher_product(system.core, modes)
-    inside = _symmetric.solve_in_range(
-        noise, system.damping, system.factor.solve, pushed, iterations=few
-    )
+    inside = _symmetric.solve_in_range(noise, damping, solve, pushed, iterations=few)
     share = _solver.outside_share(jnp.sum(inside**2), jnp.sum(d**2))
     return jnp.where(system.damping > 0, share, 0)

@@ -70,7 +70,7 @@ def factorize(rows: jax.Array, damping: jax.Array, *, equilibrate: bool) -> Fact
     shifted = damping < lowest
     damping = jnp.maximum(damping, lowest)
     stacked = jnp.concatenate([rows, jnp.sqrt(damping) * jnp.eye(n, dtype=dtype)])
-    upper = jnp.linalg.qr(stacked, mode="r")
+    upper = _looped_triangle(stacked)[0]
     longest = jnp.where(longest == 0, 1, longest)
     known = (lengths > cut(n, dtype) * longest) if equilibrate else jnp.zeros((n,), jnp.bool_)
     lengths = jnp.where(known, lengths, longest)
@@ -90,6 +90,9 @@ def factorize(rows: jax.Array, damping: jax.Array, *, equilibrate: bool) -> Fact
 
     solve = lambda g: jax.lax.cond(needed, by_root, by_triangles, g)
     return Factor(solve, needed, damping, shifted)
+
+
+_looped_triangle = lane_by_lane(lambda rows: (jnp.linalg.qr(rows, mode="r"),))
 
 
 def _well_conditioned(upper: jax.Array) -> jax.Array:
@@ -137,8 +140,11 @@ _looped_inverse_root = lane_by_lane(_inverse_root)
 
 def reduced(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     """R (M, P), M < P, as S Q^T: the square S (M, M), and orthonormal columns Q (P, M)."""
-    basis, upper = jnp.linalg.qr(rows.T)
+    basis, upper = _looped_factors(rows.T)
     return upper.T, basis
+
+
+_looped_factors = lane_by_lane(lambda rows: tuple(jnp.linalg.qr(rows)))
 
 
 def fisher_product(rows: jax.Array, v: jax.Array) -> jax.Array:

@@ -118,6 +118,7 @@ def factorize(
     floor: jax.Array | float = 0.0,
     in_range: bool = False,
     shift: jax.Array | None = None,
+    decompose: bool = True,
 ) -> Factor:
     """Prepares solves with A + damping I.
 
@@ -133,6 +134,8 @@ def factorize(
       in_range: whether solutions by eigendecomposition leave out the null space of A.
       shift: more damping, with which Cholesky tries again before an eigendecomposition is taken;
         for those who iterate with the factor as a preconditioner.
+      decompose: False where the caller has another way than the eigendecomposition, and takes it
+        where `eigen_taken` tells that this were needed.
 
     Returns:
       A :class:`Factor`.
@@ -152,6 +155,11 @@ def factorize(
         unsound = unsound & ~shifted
     needed = (damping <= 0) | unsound
 
+    more = 0.0 if shift is None else jnp.where(shifted, shift, 0)
+    if not decompose:
+        solve = lambda b: jax.scipy.linalg.cho_solve((upper.T, True), b)
+        return Factor(solve, needed, damping + more, shifted)
+
     def run(carry: tuple[jax.Array, Eigen]) -> tuple[jax.Array, Eigen]:
         return jnp.asarray(False), eigen(matrix, definite=definite, looped=True)
 
@@ -168,10 +176,7 @@ def factorize(
     def by_cholesky(b: jax.Array) -> jax.Array:
         return jax.scipy.linalg.cho_solve((kept.T, True), b)
 
-    def solve(b: jax.Array) -> jax.Array:
-        return jax.lax.cond(needed, by_eigen, by_cholesky, b)
-
-    more = 0.0 if shift is None else jnp.where(shifted, shift, 0)
+    solve = lambda b: jax.lax.cond(needed, by_eigen, by_cholesky, b)
     return Factor(solve, needed, damping + more, shifted)
 
 

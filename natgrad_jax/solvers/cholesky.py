@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from natgrad_jax import _orthogonal
 from natgrad_jax import _symmetric
 from natgrad_jax import _trees
 from natgrad_jax.curvature import Curvature
-from natgrad_jax.curvature import dense_from_rows
 from natgrad_jax.curvature import dense_matrix
 from natgrad_jax.solvers import _solver
 from natgrad_jax.solvers._solver import NOT_MEASURED
@@ -19,6 +19,7 @@ from natgrad_jax.solvers._solver import Solver
 from natgrad_jax.solvers.cg import iterate
 
 Tree = Any
+_HIGHEST = jax.lax.Precision.HIGHEST
 
 #: F is positive definite for certain with so many eps of its norm on the diagonal.
 _SHIFT = 10
@@ -57,8 +58,14 @@ def cholesky() -> Solver:
       eigendecomposition takes its place.
     """
 
+    return dense(decompose=True)
+
+
+def dense(*, decompose: bool) -> Solver:
+    """`cholesky`; with `decompose=False` its direction is no good where `eigen_taken` is told."""
+
     def prepare(here: Curvature, damping: jax.Array, state: tuple[()]) -> tuple[Solve, tuple[()]]:
-        system = _system(here, damping)
+        system = _system(here, damping, decompose=decompose)
 
         def solve(gradient: Tree, state: tuple[()]) -> tuple[Tree, tuple[()], Report]:
             g = _trees.ravel(gradient)
@@ -85,19 +92,19 @@ class _System(NamedTuple):
     has_rows: bool
 
 
-def _system(here: Curvature, damping: jax.Array) -> _System:
-    rows = None if here.jacobian is None else here.jacobian()
-    matrix = dense_matrix(here) if rows is None else dense_from_rows(rows)
+def _system(here: Curvature, damping: jax.Array, *, decompose: bool) -> _System:
+    rows = None if here.jacobian is None else here.jacobian().matrix()
+    matrix = dense_matrix(here) if rows is None else jnp.matmul(rows.T, rows, precision=_HIGHEST)
     rounding = _SHIFT * jnp.finfo(here.dtype).eps * jnp.linalg.norm(matrix)
     options = {} if rows is None else {"floor": rounding, "shift": rounding}
-    factor = _symmetric.factorize(matrix, damping, definite=here.definite, **options)
+    factor = _symmetric.factorize(
+        matrix, damping, definite=here.definite, decompose=decompose, **options
+    )
 
     def fisher_product(v: jax.Array) -> jax.Array:
-        if rows is None:
-            return _symmetric.matvec(matrix, v)
         # With products of R: the rounding of forming F would stay in the residual.
-        tangent = rows.product(_trees.unravel(v, here.params))
-        return _trees.ravel(rows.transposed_product(tangent))
+        whole = rows is None
+        return _symmetric.matvec(matrix, v) if whole else _orthogonal.fisher_product(rows, v)
 
     product = lambda v: fisher_product(v) + damping * v
     return _System(matrix, damping, product, factor, rows is not None)

@@ -14,9 +14,9 @@ from natgrad_jax.solvers import _solver
 from natgrad_jax.solvers._solver import Report
 from natgrad_jax.solvers._solver import Solve
 from natgrad_jax.solvers._solver import Solver
-from natgrad_jax.solvers.cg import iterate
 
 Tree = Any
+_HIGHEST = jax.lax.Precision.HIGHEST
 
 #: Iterations at most where the damping is rounding beside the rows.
 _ITERATIONS = 100
@@ -75,20 +75,33 @@ def qr() -> Solver:
 
         def solve(gradient: Tree, state: tuple[()]) -> tuple[Tree, tuple[()], Report]:
             g = _trees.ravel(gradient)
-            d = _apply(system, g)
-            d = d + _apply(system, g - _product(system, d))
-            d = _iterated(system, g, d)
+            d, residual = _direction(system, g)
             outcome = _solver.report(
-                relative_residual=_solver.relative(g - _product(system, d), g),
+                relative_residual=residual,
                 outside_row_space=_outside_share(system, d),
                 eigen_taken=system.factor.used_svd,
             )
-            d = d / system.size / system.size
-            return _trees.unravel(d, here.params), state, outcome
+            return _trees.unravel(_in_units(system, d), here.params), state, outcome
 
         return solve, state
 
     return Solver("qr", _solver.stateless, prepare, needs_rows=True)
+
+
+def one_direction(here: Curvature, damping: jax.Array, gradient: Tree) -> tuple[Tree, Report]:
+    """One direction, where another solver has failed; all that is not needed for it is left out.
+
+    Of `outside_row_space` it tells the part that lies outside of the span of the rows, not what
+    lies in null modes of dependent rows.
+    """
+    system = _system(here.jacobian().matrix(), damping)
+    d, residual = _direction(system, _trees.ravel(gradient))
+    outcome = _solver.report(
+        relative_residual=residual,
+        outside_row_space=_unspanned_share(system, d),
+        eigen_taken=system.factor.used_svd,
+    )
+    return _trees.unravel(_in_units(system, d), here.params), outcome
 
 
 class _System(NamedTuple):
@@ -133,12 +146,60 @@ def _product(system: _System, v: jax.Array) -> jax.Array:
     return _orthogonal.fisher_product(system.rows, v) + system.damping * v
 
 
-def _iterated(system: _System, g: jax.Array, d: jax.Array) -> jax.Array:
-    """Conjugate gradients from d, where the factor is only a preconditioner."""
-    product, solve = functools.partial(_product, system), functools.partial(_apply, system)
-    limit = jnp.where(system.factor.shifted, _ITERATIONS, 0)
-    tol = 10 * float(jnp.finfo(g.dtype).eps)
-    return iterate(product, solve, system.damping, g, d, product(d), tol=tol, limit=limit).best
+def _in_units(system: _System, d: jax.Array) -> jax.Array:
+    return d / system.size / system.size
+
+
+class _Iterate(NamedTuple):
+    """Of conjugate gradients: d, its search direction, residual, r^T (preconditioned r), count."""
+
+    d: jax.Array
+    p: jax.Array
+    r: jax.Array
+    rho: jax.Array
+    number: jax.Array
+
+
+def _direction(system: _System, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The solution and its relative residual.
+
+    The factor is applied twice, to the gradient and to the residual. Where it is only a
+    preconditioner, it takes conjugate gradients, whose residual is made anew each time.
+    """
+    shifted, dot = system.factor.shifted, functools.partial(jnp.dot, precision=_HIGHEST)
+    limit = jnp.where(shifted, _ITERATIONS, 2)
+    target = 10 * jnp.finfo(g.dtype).eps * jnp.linalg.norm(g)
+
+    def step(s: _Iterate) -> _Iterate:
+        z = _apply(system, s.r)
+        rho = dot(s.r, z)
+        usable = shifted & (s.number > 1) & (s.rho > 0)
+        beta = jnp.where(usable, rho / jnp.where(usable, s.rho, 1), 0)
+        p = z + beta * s.p
+        curvature = dot(p, _product(system, p))
+        steps = shifted & (s.number > 0) & (curvature > 0)
+        length = jnp.where(steps, dot(s.r, p) / jnp.where(steps, curvature, 1), 1)
+        d = s.d + length * p
+        return _Iterate(d, p, g - _product(system, d), rho, s.number + 1)
+
+    def unfinished(s: _Iterate) -> jax.Array:
+        known = ~shifted | (jnp.linalg.norm(s.r) > target)
+        return (s.number < limit) & known
+
+    zero = jnp.zeros_like(g)
+    start = _Iterate(zero, zero, g, jnp.zeros((), g.dtype), jnp.zeros((), jnp.int32))
+    end = jax.lax.while_loop(unfinished, step, start)
+    return end.d, _solver.relative(end.r, g)
+
+
+def _unspanned_share(system: _System, d: jax.Array) -> jax.Array:
+    zero = jnp.zeros((), d.dtype)
+    if system.basis is None:
+        return zero
+    d, _ = _trees.normalised(d, d.dtype)
+    inside = _symmetric.matvec(system.basis.T, d)
+    share = _solver.outside_share(jnp.sum(inside**2), jnp.sum(d**2))
+    return jnp.where(system.damping > 0, share, zero)
 
 
 def _outside_share(system: _System, d: jax.Array) -> jax.Array:

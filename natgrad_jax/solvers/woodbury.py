@@ -74,8 +74,14 @@ def woodbury() -> Solver:
       toward machine precision.
     """
 
+    return sample_space(decompose=True)
+
+
+def sample_space(*, decompose: bool) -> Solver:
+    """`woodbury`; with `decompose=False` its direction is no good where `eigen_taken` is told."""
+
     def prepare(here: Curvature, damping: jax.Array, state: tuple[()]) -> tuple[Solve, tuple[()]]:
-        space = _sample_space(here, damping)
+        space = _sample_space(here, damping, decompose=decompose)
 
         def solve(g: Tree, state: tuple[()]) -> tuple[Tree, tuple[()], Report]:
             # One product of R and one transposed product a round, and nearly always one round: a
@@ -113,14 +119,16 @@ class _SampleSpace(NamedTuple):
         return b - _symmetric.matvec(self.gram, x) - self.damping * x
 
 
-def _sample_space(here: Curvature, damping: jax.Array) -> _SampleSpace:
+def _sample_space(here: Curvature, damping: jax.Array, *, decompose: bool) -> _SampleSpace:
     rows = here.jacobian()
     gram = rows.gram()
     norm = jnp.linalg.norm(gram)
     # A pivot within the rounding of the Gram matrix says that repeated rows, not the damping,
     # decide what the factor holds.
     floor = _SHIFT * jnp.finfo(here.dtype).eps * norm
-    factor = _symmetric.factorize(gram, damping, floor=floor, in_range=True, shift=floor)
+    factor = _symmetric.factorize(
+        gram, damping, floor=floor, in_range=True, shift=floor, decompose=decompose
+    )
     return _SampleSpace(rows, gram, norm, damping, factor)
 
 

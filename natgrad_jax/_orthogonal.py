@@ -50,7 +50,7 @@ def cut(n: int, dtype: jnp.dtype) -> float:
 def factorize(rows: jax.Array, damping: jax.Array, *, equilibrate: bool) -> Factor:
     """Prepares solves with R^T R + damping I.
 
-    By triangular factors; for damping 0 by singular values, of which those of null modes are cut,
+    By the inverse of a triangle; for damping 0 by singular values, of which those of null modes are cut,
     where the triangle is not well conditioned. A damping that is rounding beside R, the square of
     `cut` times its longest column, is raised to that: the factor is then a preconditioner.
 
@@ -74,33 +74,21 @@ def factorize(rows: jax.Array, damping: jax.Array, *, equilibrate: bool) -> Fact
     longest = jnp.where(longest == 0, 1, longest)
     known = (lengths > cut(n, dtype) * longest) if equilibrate else jnp.zeros((n,), jnp.bool_)
     lengths = jnp.where(known, lengths, longest)
-    needed = (damping <= 0) & ~_well_conditioned(upper / lengths[None])
+    scaled = upper / lengths[None]
+    inverse = jax.scipy.linalg.solve_triangular(scaled, jnp.eye(n, dtype=dtype))
+    condition = jnp.linalg.norm(scaled) * jnp.linalg.norm(inverse)
+    # True for NaN and infinity, too.
+    needed = (damping <= 0) & ~(condition * cut(n, dtype) < 1)
 
     def run(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return jnp.asarray(False), _looped_inverse_root(upper, lengths)[0]
+        return jnp.asarray(False), _looped_inverse_root(scaled, lengths)[0]
 
-    _, kept = jax.lax.while_loop(lambda c: c[0], run, (needed, upper))
-
-    def by_root(g: jax.Array) -> jax.Array:
-        return matvec(kept.T, matvec(kept, g))
-
-    def by_triangles(g: jax.Array) -> jax.Array:
-        half = jax.scipy.linalg.solve_triangular(kept, g, trans="T")
-        return jax.scipy.linalg.solve_triangular(kept, half)
-
-    solve = lambda g: jax.lax.cond(needed, by_root, by_triangles, g)
-    return Factor(solve, needed, damping, shifted)
+    start = (needed, inverse.T / lengths[None])
+    _, root = jax.lax.while_loop(lambda c: c[0], run, start)
+    return Factor(lambda g: matvec(root.T, matvec(root, g)), needed, damping, shifted)
 
 
 _looped_triangle = lane_by_lane(lambda rows: (jnp.linalg.qr(rows, mode="r"),))
-
-
-def _well_conditioned(upper: jax.Array) -> jax.Array:
-    """Whether no singular value of a triangle counts as null; by norms of it and of its inverse."""
-    n, dtype = upper.shape[0], upper.dtype
-    inverse = jax.scipy.linalg.solve_triangular(upper, jnp.eye(n, dtype=dtype))
-    # No for NaN and infinity, too.
-    return jnp.linalg.norm(upper) * jnp.linalg.norm(inverse) * cut(n, dtype) < 1
 
 
 def outside(basis: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -115,14 +103,14 @@ def outside(basis: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     return modes + more, left - matvec(basis, more)
 
 
-def _inverse_root(upper: jax.Array, lengths: jax.Array) -> tuple[jax.Array]:
-    """H with (L^T L)^+ = H^T H, by the singular values of S = L diag(lengths)^-1.
+def _inverse_root(scaled: jax.Array, lengths: jax.Array) -> tuple[jax.Array]:
+    """H with (L^T L)^+ = H^T H, by the singular values of `scaled`, S = L diag(lengths)^-1.
 
     With S = U diag(s) W^T the range of L^T is that of B = diag(lengths) W over the modes kept, and
     with orthogonal factors B = Q T the pseudo-inverse of L^T L is Q T^-T diag(s)^-2 T^-1 Q^T.
     """
-    n, dtype = upper.shape[0], upper.dtype
-    _, s, right = jnp.linalg.svd(upper / lengths[None])
+    n, dtype = scaled.shape[0], scaled.dtype
+    _, s, right = jnp.linalg.svd(scaled)
     kept = s > cut(n, dtype) * jnp.max(s, initial=0)
     inverse = jnp.where(kept, 1 / jnp.where(kept, s, 1), 0)
     span = jnp.where(kept[None], right.T * lengths[:, None], 0)

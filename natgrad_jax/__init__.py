@@ -55,6 +55,7 @@ from natgrad_jax.solvers import cholesky as cholesky
 from natgrad_jax.solvers import diagonal as diagonal
 from natgrad_jax.solvers import ekfac as ekfac
 from natgrad_jax.solvers import kfac as kfac
+from natgrad_jax.solvers import qr as qr
 from natgrad_jax.solvers import spectral as spectral
 from natgrad_jax.solvers import woodbury as woodbury
 

@@ -7,7 +7,7 @@ only if some lane needs it.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +28,14 @@ class Factor(NamedTuple):
     Attributes:
       solve: b (n,) -> (A + damping I)^-1 b, the pseudo-inverse for damping 0.
       eigen_taken: whether the eigendecomposition was needed.
+      damping: that of `solve`, which is more than was asked for where `shifted`.
+      shifted: whether it is.
     """
 
     solve: Callable[[jax.Array], jax.Array]
     eigen_taken: jax.Array
+    damping: jax.Array
+    shifted: jax.Array
 
 
 def matvec(matrix: jax.Array, vector: jax.Array) -> jax.Array:
@@ -57,25 +61,34 @@ def _eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     return values, vectors
 
 
-_looped_eigh = jax.custom_batching.custom_vmap(_eigh)
+def lane_by_lane(decompose: Callable[..., tuple[jax.Array, ...]]) -> Callable[..., Any]:
+    """A decomposition that may stand in the body of a loop under vmap.
 
-
-@_looped_eigh.def_vmap
-def _lanes_of_eigh(
-    axis_size: int, in_batched: list[bool], matrices: jax.Array
-) -> tuple[tuple[jax.Array, jax.Array], tuple[bool, bool]]:
-    """One by one on CPUs before JAX 0.12.
-
-    There a batch of them in the body of a loop can leave the runtime waiting for ever (jaxlib
-    0.10.2, two cores, a vmap over training loops with `cholesky`).
+    There a batch of them can leave the runtime of CPUs before JAX 0.12 waiting for ever (jaxlib
+    0.10.2, two cores, a vmap over training loops with `cholesky`): they go one by one.
     """
-    del axis_size, in_batched
-    together = jax.vmap(_eigh)
-    if jax.__version_info__ >= (0, 12):
-        return together(matrices), (True, True)
-    one_by_one = functools.partial(jax.lax.map, _looped_eigh)
-    lanes = jax.lax.platform_dependent(matrices, cpu=one_by_one, default=together)
-    return lanes, (True, True)
+    looped = jax.custom_batching.custom_vmap(decompose)
+
+    @looped.def_vmap
+    def lanes(axis_size: int, in_batched: list[bool], *operands: jax.Array) -> tuple[Any, Any]:
+        operands = tuple(
+            x if batched else jnp.broadcast_to(x, (axis_size, *jnp.shape(x)))
+            for x, batched in zip(operands, in_batched, strict=True)
+        )
+        together = jax.vmap(decompose)
+        if jax.__version_info__ >= (0, 12):
+            results = together(*operands)
+        else:
+            one_by_one = functools.partial(jax.lax.map, lambda lane: looped(*lane))
+            results = jax.lax.platform_dependent(
+                operands, cpu=one_by_one, default=lambda all_lanes: together(*all_lanes)
+            )
+        return results, jax.tree.map(lambda _: True, results)
+
+    return looped
+
+
+_looped_eigh = lane_by_lane(_eigh)
 
 
 def damped_inverse(values: jax.Array, damping: jax.Array) -> jax.Array:
@@ -104,6 +117,8 @@ def factorize(
     definite: bool = True,
     floor: jax.Array | float = 0.0,
     in_range: bool = False,
+    shift: jax.Array | None = None,
+    decompose: bool = True,
 ) -> Factor:
     """Prepares solves with A + damping I.
 
@@ -117,20 +132,33 @@ def factorize(
       definite: whether A is positive semi-definite, so that negative eigenvalues are rounding.
       floor: a squared pivot at or below it asks for the eigendecomposition, too.
       in_range: whether solutions by eigendecomposition leave out the null space of A.
+      shift: more damping, with which Cholesky tries again before an eigendecomposition is taken;
+        for those who iterate with the factor as a preconditioner.
+      decompose: False where the caller has another way than the eigendecomposition, and takes it
+        where `eigen_taken` tells that this were needed.
 
     Returns:
       A :class:`Factor`.
     """
     n, dtype = matrix.shape[0], matrix.dtype
-    damped = matrix + damping * jnp.eye(n, dtype=dtype)
-    # LAPACK's order is column-major: of a symmetric matrix it can have the transpose as it is, and
-    # the transpose of its factor crosses loops and branches, all row-major, without a copy.
-    upper = jax.lax.linalg.cholesky(damped.T, symmetrize_input=False).T
-    pivots = jnp.diagonal(upper) ** 2
-    smallest, largest = jnp.min(pivots, initial=jnp.inf), jnp.max(pivots, initial=0)
-    # False for NaN and infinity, too.
-    sound = smallest > jnp.finfo(dtype).eps * largest
-    needed = (damping <= 0) | ~((sound & (smallest > floor)) | (n == 0))
+    upper = _upper_factor(matrix, damping)
+    unsound = ~_is_sound(upper, floor)
+    shifted = jnp.asarray(False)
+    if shift is not None:
+        tried = unsound & (damping > 0)
+
+        def once_more(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            return jnp.asarray(False), _looped_upper_factor(matrix, damping + shift)[0]
+
+        _, upper = jax.lax.while_loop(lambda c: c[0], once_more, (tried, upper))
+        shifted = tried & _is_sound(upper, 0.0)
+        unsound = unsound & ~shifted
+    needed = (damping <= 0) | unsound
+
+    more = 0.0 if shift is None else jnp.where(shifted, shift, 0)
+    if not decompose:
+        solve = lambda b: jax.scipy.linalg.cho_solve((upper.T, True), b)
+        return Factor(solve, needed, damping + more, shifted)
 
     def run(carry: tuple[jax.Array, Eigen]) -> tuple[jax.Array, Eigen]:
         return jnp.asarray(False), eigen(matrix, definite=definite, looped=True)
@@ -148,10 +176,26 @@ def factorize(
     def by_cholesky(b: jax.Array) -> jax.Array:
         return jax.scipy.linalg.cho_solve((kept.T, True), b)
 
-    def solve(b: jax.Array) -> jax.Array:
-        return jax.lax.cond(needed, by_eigen, by_cholesky, b)
+    solve = lambda b: jax.lax.cond(needed, by_eigen, by_cholesky, b)
+    return Factor(solve, needed, damping + more, shifted)
 
-    return Factor(solve, needed)
+
+def _upper_factor(matrix: jax.Array, damping: jax.Array) -> jax.Array:
+    damped = matrix + damping * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+    # LAPACK's order is column-major: of a symmetric matrix it can have the transpose as it is, and
+    # the transpose of its factor crosses loops and branches, all row-major, without a copy.
+    return jax.lax.linalg.cholesky(damped.T, symmetrize_input=False).T
+
+
+_looped_upper_factor = lane_by_lane(lambda matrix, damping: (_upper_factor(matrix, damping),))
+
+
+def _is_sound(upper: jax.Array, floor: jax.Array | float) -> jax.Array:
+    """Whether a Cholesky factor holds more than rounding: no for NaN and infinity, too."""
+    pivots = jnp.diagonal(upper) ** 2
+    smallest, largest = jnp.min(pivots, initial=jnp.inf), jnp.max(pivots, initial=0)
+    sound = (smallest > jnp.finfo(upper.dtype).eps * largest) & (smallest > floor)
+    return sound | (upper.shape[0] == 0)
 
 
 def solve_in_range(

@@ -11,5 +11,6 @@ from natgrad_jax.solvers.ekfac import EKFACState as EKFACState
 from natgrad_jax.solvers.ekfac import ekfac as ekfac
 from natgrad_jax.solvers.kfac import KFACState as KFACState
 from natgrad_jax.solvers.kfac import kfac as kfac
+from natgrad_jax.solvers.qr import qr as qr
 from natgrad_jax.solvers.spectral import spectral as spectral
 from natgrad_jax.solvers.woodbury import woodbury as woodbury

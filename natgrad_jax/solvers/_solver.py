@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax import _records
+from natgrad_jax import _trees
 from natgrad_jax.curvature import Curvature
 from natgrad_jax.metrics import Metric
 
@@ -107,8 +108,14 @@ def stateless(metric: Metric, params: Tree) -> tuple[()]:
 
 def relative(residual: jax.Array, g: jax.Array) -> jax.Array:
     """||residual|| / ||g||, 0 for g = 0; g is scaled to order one before any solve."""
-    norm = jnp.linalg.norm(g)
-    return jnp.where(norm > 0, jnp.linalg.norm(residual) / jnp.where(norm > 0, norm, 1), 0)
+    size = jnp.linalg.norm(g)
+    return jnp.where(size > 0, norm(residual) / jnp.where(size > 0, size, 1), 0)
+
+
+def norm(v: jax.Array) -> jax.Array:
+    """||v||, also where its squares overflow or underflow."""
+    unit, size = _trees.normalised(v, v.dtype)
+    return size * jnp.linalg.norm(unit)
 
 
 def outside_share(inside_squared: jax.Array, total_squared: jax.Array) -> jax.Array:

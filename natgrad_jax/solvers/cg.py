@@ -134,8 +134,8 @@ def cg(
         product = lambda v: _trees.add_scaled(fisher_product(v), damping, v)
         precondition, inner_state = _preconditioner(preconditioner, here, damping, state)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, here.dtype), here.params)
-        iterate = functools.partial(
-            _iterate, product, precondition, damping, tol=tol, limit=max_iterations
+        run_from = functools.partial(
+            iterate, product, precondition, damping, tol=tol, limit=max_iterations
         )
 
         def project(g: Tree) -> Tree:
@@ -144,7 +144,7 @@ def cg(
             def run(carry: tuple[jax.Array, Tree]) -> tuple[jax.Array, Tree]:
                 # The projection is linear in its right-hand side, which may be as small as F.
                 unit, size = _trees.normalised(fisher_product(carry[1]), here.dtype)
-                return jnp.asarray(False), _trees.scale(iterate(unit, zeros, zeros).best, size)
+                return jnp.asarray(False), _trees.scale(run_from(unit, zeros, zeros).best, size)
 
             return jax.lax.while_loop(lambda c: c[0], run, (damping <= 0, g))[1]
 
@@ -153,7 +153,7 @@ def cg(
             x, ax = zeros, zeros
             if warm_start:
                 x, ax = _rescaled(state.previous, product(state.previous), target, damping, here)
-            last = iterate(target, x, ax)
+            last = run_from(target, x, ax)
             squared = lambda v: _trees.vdot(v, v, here.dtype)
             unseen = _outside_share(here, damping, target, x, ax, last, state.previous)
             # With damping 0 what the projection took away, orthogonal to the rest, counts too.
@@ -232,7 +232,7 @@ def _outside_share(
     return jnp.where(damping > 0, jnp.minimum(share, 1), 0)
 
 
-def _iterate(
+def iterate(
     product: Linear,
     precondition: Linear,
     damping: jax.Array,
@@ -241,7 +241,7 @@ def _iterate(
     ax: Tree,
     *,
     tol: float,
-    limit: int,
+    limit: jax.typing.ArrayLike,
 ) -> _Iterate:
     """Preconditioned conjugate gradients for A x = g from x, where A x is known.
 

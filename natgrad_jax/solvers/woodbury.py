@@ -23,8 +23,17 @@ _LOST = 1e-4
 #: So may what Cholesky leaves, relative to the gradient.
 _RESIDUAL = 1e-2
 
+#: Of the bound on what rounding does to the residual so much is seen: errors average out.
+_BLUR = 0.05
+
 #: Rounds of one solve, at most; one correction leaves rounding behind, unless the damping is tiny.
 _ROUNDS = 5
+
+#: The same where the factor is only a preconditioner, and rounds without progress that end it.
+_ITERATIONS, _PATIENCE = 100, 10
+
+#: A Gram matrix is positive definite for certain with so many eps of its norm on the diagonal.
+_SHIFT = 10
 
 
 def woodbury() -> Solver:
@@ -65,20 +74,27 @@ def woodbury() -> Solver:
       toward machine precision.
     """
 
+    return sample_space(decompose=True)
+
+
+def sample_space(*, decompose: bool) -> Solver:
+    """`woodbury`; with `decompose=False` its direction is no good where `eigen_taken` is told."""
+
     def prepare(here: Curvature, damping: jax.Array, state: tuple[()]) -> tuple[Solve, tuple[()]]:
-        space = _sample_space(here, damping)
+        space = _sample_space(here, damping, decompose=decompose)
 
         def solve(g: Tree, state: tuple[()]) -> tuple[Tree, tuple[()], Report]:
             # One product of R and one transposed product a round, and nearly always one round: a
             # loop compiles them once, the rounds that rarely run included.
-            unfinished = lambda s: s.going & (s.count < _ROUNDS)
+            limit = jnp.where(space.factor.shifted, _ITERATIONS, _ROUNDS)
+            unfinished = lambda s: s.going & (s.count < limit)
             end = jax.lax.while_loop(unfinished, lambda s: _round(space, s), _start(g, here, space))
             outcome = _solver.report(
                 relative_residual=_ratio(jnp.hypot(end.error, end.outside), end.g_norm),
                 outside_row_space=_solver.outside_share(
                     _inside_squared(space, end.w), end.d_squared
                 ),
-                eigen_taken=space.eigen_taken,
+                eigen_taken=space.factor.eigen_taken,
                 # g^T d = d^T (F + damping I) d, with R d = w: a sum of squares.
                 grad_dot_direction=jnp.dot(end.w, end.w) + damping * end.d_squared,
             )
@@ -90,37 +106,38 @@ def woodbury() -> Solver:
 
 
 class _SampleSpace(NamedTuple):
-    """R, K = R R^T, and b -> (K + damping I)^-1 b, which drops the null space of K if it is met."""
+    """R, K = R R^T, and a factor of K + damping I that drops the null space of K if it is met."""
 
     rows: Jacobian
     gram: jax.Array
     norm: jax.Array
     damping: jax.Array
-    solve: Callable[[jax.Array], jax.Array]
-    eigen_taken: jax.Array
+    factor: _symmetric.Factor
 
     def left(self, b: jax.Array, x: jax.Array) -> jax.Array:
         """b - (K + damping I) x."""
         return b - _symmetric.matvec(self.gram, x) - self.damping * x
 
 
-def _sample_space(here: Curvature, damping: jax.Array) -> _SampleSpace:
+def _sample_space(here: Curvature, damping: jax.Array, *, decompose: bool) -> _SampleSpace:
     rows = here.jacobian()
     gram = rows.gram()
     norm = jnp.linalg.norm(gram)
     # A pivot within the rounding of the Gram matrix says that repeated rows, not the damping,
     # decide what the factor holds.
-    floor = 10 * jnp.finfo(here.dtype).eps * norm
-    factor = _symmetric.factorize(gram, damping, floor=floor, in_range=True)
-    return _SampleSpace(rows, gram, norm, damping, factor.solve, factor.eigen_taken)
+    floor = _SHIFT * jnp.finfo(here.dtype).eps * norm
+    factor = _symmetric.factorize(
+        gram, damping, floor=floor, in_range=True, shift=floor, decompose=decompose
+    )
+    return _SampleSpace(rows, gram, norm, damping, factor)
 
 
 def _solve(space: _SampleSpace, y: jax.Array) -> jax.Array:
     """(K + damping I)^-1 y, in float32 with one step of refinement."""
     if y.dtype != jnp.float32:
-        return space.solve(y)
+        return space.factor.solve(y)
     # A loop holds one solve, where two in a row would be compiled twice.
-    again = lambda _, w: w + space.solve(space.left(y, w))
+    again = lambda _, w: w + space.factor.solve(space.left(y, w))
     return jax.lax.fori_loop(0, 2, again, jnp.zeros_like(y))
 
 
@@ -135,6 +152,9 @@ class _Round(NamedTuple):
       g_norm: ||g||.
       error: ||R^T (w - R d)||, all that (F + damping I) d lacks of R^T w + damping d.
       outside: ||g - R^T w|| for damping 0, which no direction can make up for; 0 otherwise.
+      search: the last correction of w and what it was found from: p, w - R d and their product.
+      idle: rounds since the error was lowest.
+      lowest: that error.
       going: whether digits are missing.
     """
 
@@ -145,59 +165,103 @@ class _Round(NamedTuple):
     g_norm: jax.Array
     error: jax.Array
     outside: jax.Array
+    search: "_Search"
+    idle: jax.Array
+    lowest: jax.Array
     going: jax.Array
+
+
+class _Search(NamedTuple):
+    """Of conjugate gradients: direction p, residual r and r^T (preconditioned r)."""
+
+    p: jax.Array
+    r: jax.Array
+    rho: jax.Array
 
 
 def _start(g: Tree, here: Curvature, space: _SampleSpace) -> _Round:
     zero = jnp.zeros((), here.dtype)
     w = jnp.zeros(space.gram.shape[:1], here.dtype)
     count, going = jnp.zeros((), jnp.int32), jnp.asarray(True)
-    return _Round(count, g, w, zero, zero, zero, zero, going)
+    search, far = _Search(w, w, zero), jnp.full((), jnp.inf, here.dtype)
+    return _Round(count, g, w, zero, zero, zero, zero, search, count, far, going)
 
 
 def _round(space: _SampleSpace, s: _Round) -> _Round:
-    """The formula first, then corrections d + R^T (K + damping I)^-1 (w - R d).
+    """The formula first, then corrections of d by R^T p, p from (K + damping I)^-1 (w - R d).
 
     The residual of d is R^T (w - R d) whatever rounding has done to d and w, so it is taken in
     sample space, and what solves for it there is pushed through: no subtraction, no division by the
-    damping. Correcting d by R^T v corrects w by - damping v. With damping 0, the first round leaves
-    g - R^T w, the second takes the rest of the rows out of it, the next makes d of w.
+    damping. Correcting d by R^T p corrects w by - damping p. These are conjugate gradients on
+    K + damping I, in the form of Polak and Ribière as the residual is made anew in each round: with
+    a factor that is exact up to rounding p is the whole correction. With damping 0, the first round
+    leaves g - R^T w, the second takes the rest of the rows out of it, the next makes d of w.
     """
     damping, damped = space.damping, space.damping > 0
     scale = jnp.where(damped, damping, 1)
     first, projecting = s.count == 0, ~damped & (s.count == 1)
     y = space.rows.product(s.d)
     wrong = jnp.where(first | projecting, y, s.w - y)
-    v = _solve(space, wrong)
-    pushed = _symmetric.matvec(space.gram, v)
-    # The formula has R d = v + left / damping.
-    missing = jnp.where(first, (y - pushed - damping * v) / scale, wrong)
+    z = _solve(space, wrong)
+    pushed = _symmetric.matvec(space.gram, z)
+    # The formula has R d = z + left / damping.
+    missing = jnp.where(first, (y - pushed - damping * z) / scale, wrong)
     error = _root(jnp.dot(missing, _symmetric.matvec(space.gram, missing)))
+    idle = jnp.where(error < s.lowest, 0, s.idle + 1)
+    # Of many small corrections the last does not lower the error by much: told is what is left.
+    reached = space.factor.shifted & (error <= 10 * jnp.finfo(y.dtype).eps * s.g_norm)
     # What grew has met rounding divided by a tiny damping: more of it would not help.
-    better = (s.count <= jnp.where(damped, 1, 2)) | (error < s.error)
-    v = jnp.where(better, v, 0)
-    keep = jnp.where(first, 1 / scale, jnp.where(projecting, 0, 1))
-    add = jnp.where(first, -1 / scale, keep)
+    patience = jnp.where(space.factor.shifted, _PATIENCE, 1)
+    better = (s.count <= jnp.where(damped, 1, 2)) | (idle < patience)
+    v, rho = _search_direction(s, space.factor.shifted, wrong, z)
     back = space.rows.transposed_product(v)
+    length = jnp.where(first | ~space.factor.shifted, 1, _step_length(damping, wrong, v, back))
+    length = jnp.where(better & (first | ~reached), length, 0)
+    keep = jnp.where(first, 1 / scale, jnp.where(projecting, 0, 1))
+    add = jnp.where(first, -1 / scale, keep * length)
     d = jax.tree.map(lambda d, t: keep * d + add * t, s.d, back)
     d_squared = _trees.vdot(d, d, v.dtype)
-    # After the formula, scale d is g - R^T v; g is R^T v + damping d with R d = v.
+    # After the formula, scale d is g - R^T z; g is R^T z + damping d with R d = z.
     kept = scale * jnp.sqrt(d_squared)
-    g_norm = jnp.where(first, _root(kept**2 + jnp.dot(v, pushed + 2 * damping * v)), s.g_norm)
-    rounding = jnp.finfo(v.dtype).eps * (g_norm + jnp.sqrt(space.norm) * jnp.linalg.norm(v))
-    sound = ~space.eigen_taken & (rounding <= _LOST * kept) & (error <= _RESIDUAL * g_norm)
-    rest = s.d_squared - 2 * jnp.dot(v, y) + jnp.dot(v, pushed)
+    g_norm = jnp.where(first, _root(kept**2 + jnp.dot(z, pushed + 2 * damping * z)), s.g_norm)
+    rounding = jnp.finfo(v.dtype).eps * (g_norm + jnp.sqrt(space.norm) * jnp.linalg.norm(z))
+    blurred = _BLUR * space.norm * rounding / scale
+    exact = ~space.factor.eigen_taken & ~space.factor.shifted
+    sound = exact & (rounding <= _LOST * kept) & (error <= _RESIDUAL * g_norm)
+    rest = s.d_squared - 2 * jnp.dot(z, y) + jnp.dot(z, pushed)
     outside = jnp.where(first, kept, jnp.where(projecting, _root(rest), s.outside))
+    missed = jnp.where(space.factor.shifted, ~reached, error > _LOST * g_norm)
     return _Round(
         count=s.count + 1,
         d=d,
-        w=s.w + jnp.where(first | projecting, 1, -damping) * v,
+        w=s.w + jnp.where(first | projecting, 1, -damping * length) * v,
         d_squared=d_squared,
         g_norm=g_norm,
-        error=jnp.where(better, error, s.error),
+        # Rounding of d, which the rows amplify, is not in what the Gram matrix tells of the formula.
+        error=jnp.where(first, jnp.maximum(error, blurred), jnp.where(better, error, s.error)),
         outside=jnp.where(damped, 0, outside),
-        going=jnp.where(first, ~sound, projecting | (better & (error > _LOST * g_norm))),
+        search=_Search(v, wrong, rho),
+        idle=jnp.where(first, 0, idle),
+        lowest=jnp.where(first, jnp.inf, jnp.minimum(error, s.lowest)),
+        going=jnp.where(first, ~sound, projecting | (better & missed)),
     )
+
+
+def _search_direction(
+    s: _Round, shifted: jax.Array, r: jax.Array, z: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The next direction of conjugate gradients, z itself with a factor that is exact, and r^T z."""
+    rho, before = jnp.dot(r, z), s.search.rho
+    usable = shifted & (s.count > 1) & (before > 0)
+    beta = (rho - jnp.dot(s.search.r, z)) / jnp.where(usable, before, 1)
+    return z + jnp.where(usable, jnp.maximum(beta, 0), 0) * s.search.p, rho
+
+
+def _step_length(damping: jax.Array, r: jax.Array, p: jax.Array, back: Tree) -> jax.Array:
+    """r^T p / p^T (K + damping I) p, with K p not formed: R^T p is at hand."""
+    curvature = _trees.vdot(back, back, p.dtype) + damping * jnp.dot(p, p)
+    usable = curvature > 0
+    return jnp.where(usable, jnp.dot(r, p) / jnp.where(usable, curvature, 1), 1)
 
 
 def _root(square: jax.Array) -> jax.Array:
@@ -212,7 +276,8 @@ def _inside_squared(space: _SampleSpace, w: jax.Array) -> jax.Array:
     have to do, and modes far below the damping count as outside.
     """
     few = 64 if w.shape[0] <= 256 else 3
-    inside = _symmetric.solve_in_range(space.norm, space.damping, space.solve, w, iterations=few)
+    factor = space.factor
+    inside = _symmetric.solve_in_range(space.norm, factor.damping, factor.solve, w, iterations=few)
     return jnp.dot(w, inside)
 
 

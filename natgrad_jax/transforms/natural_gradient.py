@@ -14,6 +14,10 @@ from natgrad_jax.transforms.scale_by_natural_gradient import scale_by_natural_gr
 
 Tree = Any
 
+#: With a solver that approximates F a step moves by so many nats per row at most, unless told
+#: otherwise.
+APPROXIMATE_MAX_KL = 0.1
+
 
 # No `from __future__ import annotations` here: optax recognises a learning rate by its annotation.
 def natural_gradient(
@@ -24,7 +28,7 @@ def natural_gradient(
     damping: optax.ScalarOrSchedule = 1e-3,
     damping_scale: Tree | str | None = None,
     momentum: optax.ScalarOrSchedule | None = None,
-    max_kl: jax.typing.ArrayLike | None = None,
+    max_kl: jax.typing.ArrayLike | str | None = "auto",
     weight_decay: jax.typing.ArrayLike | None = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -49,7 +53,11 @@ def natural_gradient(
         or "diagonal" for the diagonal of F; None for one.
       momentum: SPRING momentum, a number or a schedule; None for none.
       max_kl: the largest KL divergence of a step, in nats per row; None for no limit. A number:
-        for a schedule use ``optax.inject_hyperparams``.
+        for a schedule use ``optax.inject_hyperparams``. By default, "auto", there is none with an
+        exact solver, and 0.1 with one that approximates F (`kfac`, `ekfac`, `diagonal`,
+        `block_diagonal`) of a model with a likelihood (`exact_fisher`, `sampled_fisher`): with
+        small damping the inverse of an approximation can be far too long along directions that it
+        does not see, and training then diverges within a few steps.
       weight_decay: decoupled weight decay w; None for none. A number likewise.
       key: seed or key of the samples of a sampling metric.
 
@@ -59,7 +67,8 @@ def natural_gradient(
       :class:`ScaleByNaturalGradientState`, its ``info`` holds diagnostics.
 
     Raises:
-      TypeError, ValueError: as for :func:`scale_by_natural_gradient` and :func:`clip_by_kl`.
+      TypeError, ValueError: as for :func:`scale_by_natural_gradient` and :func:`clip_by_kl`;
+        ``max_kl`` is a string other than "auto".
 
     Examples:
       Logistic regression; with learning rate 1 and damping 0 the step is iteratively reweighted
@@ -98,6 +107,17 @@ def natural_gradient(
     if weight_decay is not None:
         parts.append(_call.keep_dtypes(optax.add_decayed_weights(weight_decay)))
     parts.append(_call.keep_dtypes(optax.scale_by_learning_rate(learning_rate)))
+    max_kl = _default_limit(metric, solver) if _is_auto(max_kl) else max_kl
     if max_kl is not None:
         parts.append(clip_by_kl(metric, max_kl))
     return _call.named("natural_gradient", optax.chain(*parts))
+
+
+def _is_auto(max_kl: Any) -> bool:
+    return isinstance(max_kl, str) and max_kl == "auto"
+
+
+def _default_limit(metric: Metric, solver: Solver | None) -> float | None:
+    """Without a likelihood steps have no length in nats."""
+    approximate = solver is not None and solver.approximates
+    return APPROXIMATE_MAX_KL if approximate and metric.divergence is not None else None

@@ -46,6 +46,7 @@ class Metric(NamedTuple):
         where that is read off the model.
       divergence: (outputs p, outputs q, batch) -> mean KL[p || q]; None without a likelihood.
       weighted: whether rows have weights of their own.
+      robust: whether the loss of residuals is another than half their square.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Metric(NamedTuple):
     independent: bool | None = None
     divergence: Callable[[Tree, Tree, Tree], jax.Array] | None = None
     weighted: bool = False
+    robust: bool = False
 
 
 def exact_fisher(

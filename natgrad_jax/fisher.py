@@ -8,7 +8,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from natgrad_jax import _boundary
 from natgrad_jax import _independence

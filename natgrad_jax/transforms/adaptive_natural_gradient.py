@@ -120,4 +120,4 @@ def adaptive_natural_gradient(
         optax.scale(-1.0),
     )
     foretold = lambda state: state[1].info.predicted
-    return controlled(name, inner, metric, settings, keywords={}, foretold=foretold)
+    return controlled(name, inner, metric, settings, foretold=foretold)

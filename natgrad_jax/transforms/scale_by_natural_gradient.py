@@ -23,6 +23,10 @@ from natgrad_jax.transforms import _call
 Tree = Any
 
 
+class FreeScale(NamedTuple):
+    """Stands in a state, without leaves: an exact solver that scales entries, and no scale set."""
+
+
 class ScaleByNaturalGradientState(NamedTuple):
     """State of :func:`scale_by_natural_gradient`.
 
@@ -32,6 +36,7 @@ class ScaleByNaturalGradientState(NamedTuple):
       velocity: phi, the momentum in direction space before the learning rate; None without.
       solver: the solver's own state.
       info: diagnostics of the last update.
+      free_scale: whether ``update`` takes ``damping_scale=``, an empty record; None where not.
     """
 
     count: jax.Array  # type: ignore[assignment]  # a field, not tuple.count
@@ -39,6 +44,7 @@ class ScaleByNaturalGradientState(NamedTuple):
     velocity: Tree
     solver: Any
     info: direction.NaturalGradientInfo
+    free_scale: FreeScale | None = None
 
 
 def scale_by_natural_gradient(
@@ -79,6 +85,8 @@ def scale_by_natural_gradient(
       An ``optax.GradientTransformationExtraArgs``, whose ``update(grads, state, params, *, batch)``
       needs the parameters and the keyword ``batch`` and is compiled also when called eagerly. Under
       ``optax.masked`` or ``optax.partition`` pass ``full_params=params`` as well. With
+      ``damping_scale=`` it takes s at every update, a tree like the parameters (as
+      :func:`levenberg_marquardt` gives it). With
       ``refresh=True`` a solver that keeps inverses (`kfac`) makes all of them anew;
       ``geodesic_acceleration=True`` is explained at :func:`levenberg_marquardt`. Unknown keywords
       are ignored. The state is a :class:`ScaleByNaturalGradientState` with diagnostics in ``info``.
@@ -135,6 +143,9 @@ def scale_by_natural_gradient(
         _boundary.check_number(name, "momentum", momentum, schedule=True)
 
     default_damping = damping
+    free_scale = (
+        FreeScale() if scale is None and solve.scales_entries and not solve.approximates else None
+    )
 
     def init_fn(params: Tree) -> ScaleByNaturalGradientState:
         if jax.tree.leaves(params):  # optax also asks with a placeholder, which is like nothing
@@ -145,6 +156,7 @@ def scale_by_natural_gradient(
             velocity=None if momentum is None else _trees.zeros_like(params),
             solver=solve.init(metric, params),
             info=direction.empty_info(),
+            free_scale=free_scale,
         )
         return _sharding.place_beside(state, params)
 
@@ -155,6 +167,7 @@ def scale_by_natural_gradient(
         *,
         batch: Tree = _call.MISSING,
         damping: jax.typing.ArrayLike | None = None,
+        damping_scale: Tree | None = None,
         full_params: Tree | None = None,
         refresh: jax.typing.ArrayLike | None = None,
         geodesic_acceleration: bool = False,
@@ -168,6 +181,11 @@ def scale_by_natural_gradient(
         _damping_scale.check_prefix(name, scale, params)
         if damping is not None:
             _boundary.check_number(f"{name}: update()", "damping", damping)
+        if damping_scale is not None and free_scale is None:
+            raise ValueError(
+                f"{name}: update() got damping_scale, which goes with exact solvers that"
+                " scale entries, and without a damping_scale at construction"
+            )
         if geodesic_acceleration:
             _acceleration.check(name, metric)
         solver_state = solve.anew(state.solver, refresh)
@@ -186,12 +204,12 @@ def scale_by_natural_gradient(
             at_count(momentum),
             state.velocity,
             full_params,
-            scale,
+            scale if damping_scale is None else damping_scale,
         )
         like = (updates, state.solver, state.velocity, state.info)
         d, solver_state, velocity, info = _sharding.run(core, operands, like)
         count = optax.safe_increment(state.count)
-        new = ScaleByNaturalGradientState(count, key, velocity, solver_state, info)
+        new = ScaleByNaturalGradientState(count, key, velocity, solver_state, info, free_scale)
         return _sharding.keep(d, updates), _call.keep_types(new, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

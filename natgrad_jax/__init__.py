@@ -18,6 +18,7 @@ from natgrad_jax.metrics import exact_fisher as exact_fisher
 from natgrad_jax.metrics import gauss_newton as gauss_newton
 from natgrad_jax.metrics import hessian as hessian
 from natgrad_jax.metrics import sampled_fisher as sampled_fisher
+from natgrad_jax.robust import robust_loss as robust_loss
 
 # Pure functions of (metric, params, batch)
 from natgrad_jax.direction import NaturalGradientInfo as NaturalGradientInfo

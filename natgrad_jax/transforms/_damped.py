@@ -16,6 +16,9 @@ Tree = Any
 #: Ratios above the first lower the damping, those below the second raise it.
 GOOD, POOR = 0.75, 0.25
 
+#: One that does neither.
+FAIR = 0.5
+
 #: A damping in the units of the problem falls faster than it rises, by factor^1.5: 3 beside 2, as
 #: Nielsen, 1999, has it.
 _FALL = 1.5

@@ -33,8 +33,8 @@ class LevenbergMarquardtInfo(NamedTuple):
       rejected: whether the step was replaced by zero because it made things worse.
       converged: whether nothing is left to gain: for three steps in a row what was predicted and
         what came of it was rounding of the objective, and the prediction is below eps^(5/4) of it
-        (or this went on for thirty steps). From then on the damping stays, and steps that rounding
-        makes worse are left out without counting as rejected.
+        (or this went on for thirty steps). Such steps are left out without counting as rejected,
+        and the damping does not grow: parameters stay where they are.
     """
 
     damping: jax.Array
@@ -98,7 +98,7 @@ def levenberg_marquardt(
     factor: jax.typing.ArrayLike = 2.0,
     every: jax.typing.ArrayLike = 1,
     min_damping: jax.typing.ArrayLike | None = None,
-    max_damping: jax.typing.ArrayLike = 1e8,
+    max_damping: jax.typing.ArrayLike | None = None,
     reject: jax.typing.ArrayLike = True,
     geodesic_acceleration: bool | None = None,
     damping_scale: str | None = "automatic",
@@ -129,20 +129,20 @@ def levenberg_marquardt(
       every: steps from one change of the damping to the next; a rejection changes it at once.
       min_damping: the lowest damping; None for 10 eps of the working dtype (1.2e-6 in float32,
         which turns to NaN at less).
-      max_damping: the largest damping.
+      max_damping: the largest damping; None for 1e8.
       reject: whether to reject; with False only the damping reacts.
       geodesic_acceleration: for :func:`gauss_newton` metrics, adds half the second-order correction
         :math:`a = -(F + \lambda I)^{-1} J^T r''_{uu}` to the step of
         :func:`scale_by_natural_gradient` (rate 1), by one jvp of a jvp (by differences of outputs
-        where the model has no forward mode) and one more solve with the same factorisation. A step
-        with ||a|| above 0.75 of its length is rejected: there the model bends too much. None for
-        True in a fit, see ``damping_scale``.
+        where the model has no forward mode) and one more solve with the same factorisation. Where
+        ||a|| is above 0.75 of the step's length the model bends too much: the step goes without it,
+        and the damping does not fall. None for True in a fit, see ``damping_scale``.
       damping_scale: "largest_diagonal" for :math:`F + \lambda D` in place of
         :math:`F + \lambda I`, with D the largest diagonal of F seen (More), of which half is
         forgotten at every step: the units of single parameters then do not matter. It needs an
         exact solver in ``inner`` that has no scale of its own. None for :math:`\lambda I`.
         "automatic" takes it in a fit: residuals of at most 128 parameters, such a solver, and no
-        ``initial_damping`` given, which would be in units of F.
+        damping given at all, first, lowest or largest, which would be in units of F.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with ``update(grads, state, params, *, batch,
@@ -202,9 +202,8 @@ def levenberg_marquardt(
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(f"{name}: inner must be an optax transformation, got {inner!r}")
     _boundary.check_metric(name, metric)
-    settings = _damped.settings(
-        name, initial_damping, factor, every, min_damping, max_damping, reject
-    )
+    largest = 1e8 if max_damping is None else max_damping
+    settings = _damped.settings(name, initial_damping, factor, every, min_damping, largest, reject)
     if damping_scale not in ("automatic", "largest_diagonal", None):
         raise ValueError(
             f"{name}: damping_scale must be 'automatic', 'largest_diagonal' or None, got"
@@ -212,8 +211,9 @@ def levenberg_marquardt(
         )
     if geodesic_acceleration:
         _acceleration.check(name, metric)
+    given = any(x is not None for x in (initial_damping, min_damping, max_damping))
     may_scale = damping_scale == "largest_diagonal" or (
-        damping_scale == "automatic" and metric.name == "gauss_newton" and initial_damping is None
+        damping_scale == "automatic" and metric.name == "gauss_newton" and not given
     )
 
     def plan(params: Tree, state: Any) -> Plan:
@@ -356,7 +356,7 @@ def _tried(
         bent |= ~(state.info.acceleration <= _acceleration.LONGEST)
     if len(found) == 1:
         alone = found[0].info.foretold.astype(value.dtype)
-        usable = jnp.isfinite(alone) & (alone > jnp.finfo(jnp.float32).tiny)
+        usable = jnp.isfinite(alone) & (alone > float(jnp.finfo(jnp.float32).tiny))
         predicted = jnp.where(usable, alone, predicted)
     size = jnp.zeros((), value.dtype) if seen is None else seen.size.astype(value.dtype)
     return _Step(value, there, predicted, bent, size)
@@ -387,12 +387,12 @@ def _judged(
     converged = ((quiet >= _QUIET) & tiny) | (quiet >= _LONG_QUIET)
     may_reject = jnp.asarray(settings.reject).astype(jnp.bool_)
     worse = ~(step.there <= value)  # True for NaN, too
-    rejected = may_reject & (worse | step.bent) & ~is_quiet
+    rejected = may_reject & worse & ~is_quiet
+    trusted = jnp.where(step.bent & ~is_quiet, jnp.minimum(ratio, _damped.FAIR), ratio)
     due = ((state.count + 1) % settings.every == 0) | rejected
     damping = _damped.adapted(
-        settings, state.damping, ratio, rejected, due, state.rejections, scaled=planned.scaled
+        settings, state.damping, trusted, rejected, due, state.rejections, scaled=planned.scaled
     )
-    damping = jnp.where(converged, state.damping, damping)
     real = lambda x: x.astype(jnp.float32)
     info = LevenbergMarquardtInfo(
         real(state.damping), real(ratio), real(decrease), real(predicted), rejected, converged
@@ -407,4 +407,4 @@ def _judged(
         quiet,
         state.largest,
     )
-    return new, ~(rejected | (may_reject & worse & converged))
+    return new, ~(rejected | (may_reject & converged))

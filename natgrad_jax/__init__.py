@@ -25,11 +25,13 @@ from natgrad_jax.metrics import exact_fisher as exact_fisher
 from natgrad_jax.metrics import gauss_newton as gauss_newton
 from natgrad_jax.metrics import hessian as hessian
 from natgrad_jax.metrics import sampled_fisher as sampled_fisher
+from natgrad_jax.robust import robust_loss as robust_loss
 
 # Pure functions of (metric, params, batch)
 from natgrad_jax.direction import NaturalGradientInfo as NaturalGradientInfo
 from natgrad_jax.direction import natural_gradient_direction as natural_gradient_direction
-from natgrad_jax.fisher import asymptotic_covariance as asymptotic_covariance
+from natgrad_jax.covariance import CovarianceInfo as CovarianceInfo
+from natgrad_jax.covariance import asymptotic_covariance as asymptotic_covariance
 from natgrad_jax.fisher import fisher_diagonal as fisher_diagonal
 from natgrad_jax.fisher import fisher_matrix as fisher_matrix
 from natgrad_jax.fisher import fisher_quadratic_form as fisher_quadratic_form

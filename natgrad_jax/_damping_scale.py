@@ -103,8 +103,7 @@ def _in_units(here: Curvature, damping_scale: Tree) -> tuple[Curvature, Tree]:
         here, scale = _with_diagonal(here)
         kronecker = None
     else:
-        cast = lambda s: jnp.asarray(s).astype(here.dtype)
-        scale = jax.tree.map(cast, _spread(damping_scale, here.params))
+        scale = entries_of(damping_scale, here.params, here.dtype)
         kronecker = here.kronecker
     units = jax.tree.map(lambda s: 1 / jnp.sqrt(s), scale)
 
@@ -137,6 +136,13 @@ def _with_diagonal(here: Curvature) -> tuple[Curvature, Tree]:
     instead = jnp.where(largest > info.tiny, largest, 1)
     known = lambda x: jnp.where(jnp.abs(x) > floor, jnp.abs(x), instead)
     return here, jax.tree.map(known, entries)
+
+
+def entries_of(damping_scale: Tree, params: Tree, dtype: jnp.dtype) -> Tree | None:
+    """One number for each parameter leaf or entry, where the scale is given as such."""
+    if damping_scale is None or isinstance(damping_scale, Diagonal):
+        return None
+    return jax.tree.map(lambda s: jnp.asarray(s).astype(dtype), _spread(damping_scale, params))
 
 
 def _rows_in_units(here: Curvature, rows: Jacobian, units: Tree) -> Jacobian:

@@ -43,8 +43,10 @@ class NaturalGradientInfo(NamedTuple):
         `spectral`), and for `cg` with a preconditioner.
       eigen_taken: whether an eigendecomposition was used (damping 0, or a failed Cholesky).
       negative_curvature: whether conjugate gradients stopped at negative curvature.
-      acceleration: the length of the geodesic acceleration beside that of the direction; -1
-        without.
+      acceleration: the length of the geodesic acceleration beside that of the direction, in units
+        of the damping scale; -1 without.
+      foretold: the decrease that the quadratic model predicts for a step of rate 1 without that
+        acceleration; -1 without.
     """
 
     damping: jax.Array
@@ -55,6 +57,7 @@ class NaturalGradientInfo(NamedTuple):
     eigen_taken: jax.Array
     negative_curvature: jax.Array
     acceleration: jax.Array
+    foretold: jax.Array
 
     def __repr__(self) -> str:
         return _records.line(self)
@@ -73,6 +76,7 @@ def empty_info() -> NaturalGradientInfo:
         unmeasured(),
         flag(),
         flag(),
+        unmeasured(),
         unmeasured(),
     )
 
@@ -219,19 +223,29 @@ def compiled_direction(
     if velocity is not None:
         d = velocity = _trees.add_scaled(d, jnp.ones((), dtype), carried)
         slope = None
-    share = jnp.asarray(NOT_MEASURED)
+    share = foretold = jnp.asarray(NOT_MEASURED)
     if accelerated:
-        d, share = _acceleration.accelerated(
-            metric, params, batch, d, dtype, lambda v: solve(v, state)[0]
-        )
+        entries = _damping_scale.entries_of(damping_scale, params, dtype)
+        again = lambda v: solve(v, state)[0]
+        d, share, foretold = _acceleration.accelerated(metric, params, batch, g, d, entries, again)
         slope = None
     slope = _trees.vdot(g, d, dtype) if slope is None else slope
-    return _trees.cast_like(d, grads), state, velocity, _info(report, damping, slope, share)
+    return (
+        _trees.cast_like(d, grads),
+        state,
+        velocity,
+        _info(report, damping, slope, share, foretold),
+    )
 
 
 def _info(
-    report: Report, damping: jax.Array, slope: jax.Array, share: jax.Array
+    report: Report,
+    damping: jax.Array,
+    slope: jax.Array,
+    share: jax.Array,
+    foretold: jax.Array,
 ) -> NaturalGradientInfo:
     real = lambda x: x.astype(jnp.float32)
     measured = report._asdict() | {"grad_dot_direction": real(slope), "acceleration": real(share)}
+    measured["foretold"] = real(foretold)
     return NaturalGradientInfo(damping=real(damping), **measured)

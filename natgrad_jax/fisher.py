@@ -8,14 +8,11 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from natgrad_jax import _boundary
 from natgrad_jax import _independence
-from natgrad_jax import _symmetric
 from natgrad_jax import _trees
 from natgrad_jax import curvature as _curvature
-from natgrad_jax.curvature import Curvature
 from natgrad_jax.curvature import curvature
 from natgrad_jax.metrics import Metric
 
@@ -195,50 +192,6 @@ def gram_matrix(
     return _gram(metric, params, batch, key)
 
 
-def asymptotic_covariance(
-    metric: Metric,
-    params: Tree,
-    batch: Tree,
-    num_examples: int,
-    *,
-    key: jax.Array | None = None,
-) -> jax.Array:
-    r"""The covariance of the maximum-likelihood estimate, to leading order.
-
-    .. math::
-        \mathrm{Cov}[\hat\theta] \approx \frac{1}{N} F(\hat\theta)^{-1}
-
-    the Cramer-Rao bound. Roots of its diagonal are standard errors.
-
-    Args:
-      metric: a Fisher metric, the mean over rows.
-      params: the estimate, P numbers.
-      batch: the data, as the metric's model takes it.
-      num_examples: N, how many rows the estimate was made from.
-      key: random key, for a metric that samples.
-
-    Returns:
-      (P, P), leaves raveled in tree order; the pseudo-inverse where F is singular.
-
-    Raises:
-      ValueError: the metric samples and there is no key.
-
-    Examples:
-      The mean of N numbers with standard deviation 2 has variance 4 / N:
-
-      >>> import jax.numpy as jnp, natgrad_jax as ng
-      >>> metric = ng.exact_fisher(lambda mean, x: mean + 0 * x, ng.Normal(scale=2.0))
-      >>> covariance = ng.asymptotic_covariance(metric, jnp.array(0.0), jnp.zeros((100,)), 100)
-      >>> covariance.round(4).tolist()
-      [[0.04]]
-
-    References:
-      Rao, 1945; Cramer, 1946.
-    """
-    _check("asymptotic_covariance", params, batch, metric)
-    return _covariance(metric, params, batch, num_examples, key)
-
-
 def _check(caller: str, params: Tree, batch: Tree, metric: Metric | None = None) -> None:
     if metric is not None:
         _boundary.check_metric(caller, metric)
@@ -277,12 +230,3 @@ def _diagonal(metric: Metric, params: Tree, batch: Tree, key: jax.Array | None) 
 @functools.partial(jax.jit, static_argnums=0)
 def _gram(metric: Metric, params: Tree, batch: Tree, key: jax.Array | None) -> jax.Array:
     return curvature(metric, params, batch, key).jacobian().gram()
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _covariance(metric: Metric, params: Tree, batch: Tree, num_examples, key) -> jax.Array:
-    here: Curvature = curvature(metric, params, batch, key)
-    spectrum = _symmetric.eigen(_curvature.dense_matrix(here), definite=here.definite)
-    inverse = _symmetric.damped_inverse(spectrum.values, jnp.zeros((), here.dtype))
-    scaled = spectrum.vectors * (inverse / num_examples)[None, :]
-    return jnp.matmul(scaled, spectrum.vectors.T, precision=jax.lax.Precision.HIGHEST)

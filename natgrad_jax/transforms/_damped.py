@@ -18,6 +18,16 @@ Tree = Any
 #: Ratios above the first lower the damping, those below the second raise it.
 GOOD, POOR = 0.75, 0.25
 
+#: One that does neither.
+FAIR = 0.5
+
+#: A damping in the units of the problem falls faster than it rises, by factor^1.5: 3 beside 2, as
+#: Nielsen, 1999, has it.
+_FALL = 1.5
+
+#: From one rejection to the next the damping rises twice as much (Nielsen), up to 2^10 times.
+_MOST_DOUBLINGS = 10
+
 #: States of transformations that read a keyword.
 _READERS = {
     "damping": (ScaleByNaturalGradientState, ScaleByQuadraticModelState),
@@ -28,7 +38,7 @@ _READERS = {
 class Settings(NamedTuple):
     """What `levenberg_marquardt` is told; numbers may be traced."""
 
-    initial: jax.typing.ArrayLike
+    initial: jax.typing.ArrayLike | None
     factor: jax.typing.ArrayLike
     every: jax.typing.ArrayLike
     lowest: jax.typing.ArrayLike | None
@@ -41,7 +51,7 @@ def settings(
 ) -> Settings:
     """Raises unless the numbers are in range."""
     named = {
-        "initial_damping": initial,
+        "initial_damping": 0.0 if initial is None else initial,
         "factor": factor,
         "every": every,
         "min_damping": 0.0 if lowest is None else lowest,
@@ -59,13 +69,22 @@ def settings(
     return Settings(initial, factor, every, lowest, largest, reject)
 
 
+def first(settings: Settings, scaled: bool, dtype: jnp.dtype) -> jax.Array:
+    """The damping of the first step."""
+    default = 0.1 if scaled else 0.01
+    initial = default if settings.initial is None else settings.initial
+    return within(settings, jnp.asarray(initial).astype(dtype))
+
+
 def adapted(
     settings: Settings,
     damping: jax.Array,
     ratio: jax.Array,
     rejected: jax.Array,
     due: jax.Array,
-    just_rejected: jax.Array,
+    rejections: jax.Array,
+    *,
+    scaled: bool,
 ) -> jax.Array:
     """The damping of the next step; right after a rejection it does not fall.
 
@@ -73,8 +92,11 @@ def adapted(
     """
     dtype = damping.dtype
     factor = jnp.asarray(settings.factor).astype(dtype)
-    falls = (ratio > GOOD) & ~just_rejected
-    change = jnp.where((ratio < POOR) | rejected, factor, jnp.where(falls, 1 / factor, 1))
+    doublings = jnp.minimum(rejections, _MOST_DOUBLINGS).astype(dtype)
+    rise = factor * jnp.where(rejected, jnp.exp2(doublings), 1)
+    fall = factor**-_FALL if scaled else 1 / factor
+    falls = (ratio > GOOD) & (rejections == 0)
+    change = jnp.where((ratio < POOR) | rejected, rise, jnp.where(falls, fall, 1))
     return within(settings, jnp.where(due, damping * change, damping))
 
 
@@ -125,9 +147,14 @@ def check_reads(
     """
     if keyword in inspect.signature(inner.update).parameters or not jax.tree.leaves(params):
         return
-    reader = lambda x: isinstance(x, _READERS[keyword])
-    if not any(map(reader, jax.tree.leaves(state, is_leaf=reader))):
+    if not readers(state, keyword):
         raise ValueError(
             f"{name}: nothing inside `inner` reads `{keyword}`; it must hold natural_gradient,"
             f" scale_by_natural_gradient or another transformation whose update takes {keyword}="
         )
+
+
+def readers(state: Any, keyword: str) -> list[Any]:
+    """The states in a tree of states whose transformations read a keyword."""
+    reads = lambda x: isinstance(x, _READERS[keyword])
+    return [x for x in jax.tree.leaves(state, is_leaf=reads) if reads(x)]

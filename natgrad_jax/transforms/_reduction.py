@@ -34,13 +34,47 @@ def predicted(
     return -size * (slope + 0.5 * size * squared_length(metric, params, batch, unit))
 
 
-def ratio(actual: jax.Array, predicted: jax.Array, value: jax.Array) -> jax.Array:
+def rounding(value: jax.Array, size: jax.Array) -> jax.Array:
+    """How much of a change of the objective is rounding.
+
+    10 eps of the objective, and what rounding of the outputs makes of it: outputs made of
+    parameters of squared size S have an error of eps S^(1/2), in a loss of squares
+    eps (2 L S)^(1/2) + eps^2 S / 2. Where residuals are small beside what they are a difference of,
+    that is the larger part.
+    """
+    eps = jnp.asarray(10 * jnp.finfo(value.dtype).eps, value.dtype)
+    loss = jnp.abs(value)
+    return eps * loss + eps * jnp.sqrt(2 * loss) * jnp.sqrt(size) + floor(value, size)
+
+
+def floor(value: jax.Array, size: jax.Array) -> jax.Array:
+    """The part of `rounding` that stays where the objective vanishes."""
+    eps = jnp.asarray(10 * jnp.finfo(value.dtype).eps, value.dtype)
+    return 0.5 * (eps * jnp.sqrt(size)) ** 2
+
+
+def negligible(value: jax.Array, size: jax.Array) -> jax.Array:
+    """A predicted decrease that moves parameters by no more than rounding: eps^(5/4) L.
+
+    A fit that is so far from its optimum is off by eps^(5/8), 2e-10 in float64, of its standard
+    errors: far less than the objective itself could show.
+    """
+    eps = jnp.finfo(value.dtype).eps
+    return jnp.asarray(eps**1.25, value.dtype) * jnp.abs(value) + floor(value, size)
+
+
+def ratio(actual: jax.Array, predicted: jax.Array, noise: jax.Array) -> jax.Array:
     """actual / predicted, 1 where both are rounding of the objective; not finite: -infinity.
 
     Conn, Gould and Toint, 2000, section 17.4.2.
     """
-    noise = 10 * jnp.finfo(value.dtype).eps * jnp.abs(value)
-    above, below = actual + noise, predicted.astype(value.dtype) + noise
+    above, below = actual + noise, predicted.astype(actual.dtype) + noise
     usable = jnp.isfinite(above) & (below > 0) & jnp.isfinite(below)
     found = jnp.where(usable, above / jnp.where(usable, below, 1), -jnp.inf)
-    return jnp.where((above == 0) & (below == 0), 1, found)
+    return jnp.where(quiet(actual, predicted, noise), 1, found)
+
+
+def quiet(actual: jax.Array, predicted: jax.Array, noise: jax.Array) -> jax.Array:
+    """Whether both changes are rounding."""
+    predicted = predicted.astype(actual.dtype)
+    return (jnp.abs(actual) <= noise) & (jnp.abs(predicted) <= noise)

@@ -24,12 +24,14 @@ class Told(NamedTuple):
       refresh: whether solvers make their inverses anew.
       full_params: all parameters, of which masks may hide some.
       geodesic_acceleration: whether directions are accelerated.
+      damping_scale: in whose units the damping is, like the parameters.
     """
 
     damping: jax.typing.ArrayLike | None = None
     refresh: jax.typing.ArrayLike | None = None
     full_params: Tree | None = None
     geodesic_acceleration: bool | None = None
+    damping_scale: Tree | None = None
 
 
 NOTHING = Told()

@@ -16,6 +16,7 @@ from natgrad_jax import _trees
 from natgrad_jax.metrics import Metric
 from natgrad_jax.transforms import _call
 from natgrad_jax.transforms import _damped
+from natgrad_jax.transforms import _largest_diagonal
 from natgrad_jax.transforms import _objective
 from natgrad_jax.transforms import _reduction
 from natgrad_jax.transforms import _told
@@ -31,7 +32,11 @@ class LevenbergMarquardtInfo(NamedTuple):
       ratio: actual over predicted decrease; -infinity where one is not finite or none is predicted.
       decrease: by how much the step proposed lowers the objective at this batch.
       predicted: by how much the quadratic model says so.
-      rejected: whether the step was replaced by zero.
+      rejected: whether the step was replaced by zero because it made things worse.
+      converged: whether nothing is left to gain: for three steps in a row what was predicted and
+        what came of it was rounding of the objective, and the prediction is below eps^(5/4) of it
+        (or this went on for thirty steps). Such steps are left out without counting as rejected,
+        and the damping does not grow: parameters stay where they are.
     """
 
     damping: jax.Array
@@ -39,6 +44,7 @@ class LevenbergMarquardtInfo(NamedTuple):
     decrease: jax.Array
     predicted: jax.Array
     rejected: jax.Array
+    converged: jax.Array
 
     def __repr__(self) -> str:
         return _records.line(self)
@@ -53,6 +59,9 @@ class LevenbergMarquardtState(NamedTuple):
       rejected: whether the last step was rejected.
       inner: the state of the inner transformation.
       info: diagnostics of the last step.
+      rejections: steps rejected in a row. int32.
+      quiet: steps in a row that were rounding. int32.
+      largest: the largest diagonal of F seen lately; None without ``damping_scale``.
     """
 
     count: jax.Array  # type: ignore[assignment]  # a field, not tuple.count
@@ -60,19 +69,44 @@ class LevenbergMarquardtState(NamedTuple):
     rejected: jax.Array
     inner: Any
     info: LevenbergMarquardtInfo
+    rejections: jax.Array
+    quiet: jax.Array
+    largest: Tree
+
+
+#: Up to so many parameters residuals are a fit: steps that cost what a few more evaluations do.
+FIT = 128
+
+#: Steps in a row that are rounding, at least, and those that are enough by themselves.
+_QUIET, _LONG_QUIET = 3, 30
+
+
+class Plan(NamedTuple):
+    """How a problem is solved, known from shapes.
+
+    Attributes:
+      may_scale: whether the state holds a scale.
+      scaled: whether the damping is in its units.
+      accelerated: whether steps are accelerated.
+    """
+
+    may_scale: bool
+    scaled: bool
+    accelerated: bool
 
 
 def levenberg_marquardt(
     inner: optax.GradientTransformation,
     metric: Metric,
     *,
-    initial_damping: jax.typing.ArrayLike = 1e-2,
+    initial_damping: jax.typing.ArrayLike | None = None,
     factor: jax.typing.ArrayLike = 2.0,
     every: jax.typing.ArrayLike = 1,
     min_damping: jax.typing.ArrayLike | None = None,
-    max_damping: jax.typing.ArrayLike = 1e8,
+    max_damping: jax.typing.ArrayLike | None = None,
     reject: jax.typing.ArrayLike = True,
-    geodesic_acceleration: bool = False,
+    geodesic_acceleration: bool | None = None,
+    damping_scale: str | None = "automatic",
     has_aux: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Drives the damping of an inner transformation, and rejects steps that make things worse.
@@ -94,18 +128,27 @@ def levenberg_marquardt(
       inner: gives a step ready for ``apply_updates``, from a gradient: :func:`natural_gradient`, or
         a chain with :func:`scale_by_natural_gradient` and a rate.
       metric: the metric of the quadratic model, as a rule that of ``inner``.
-      initial_damping: :math:`\lambda` of the first step, in units of F.
-      factor: :math:`\omega > 1`.
+      initial_damping: :math:`\lambda` of the first step, in units of F, or a pure number with a
+        ``damping_scale``. None for 0.01 in units of F, and 0.1 as a pure number.
+      factor: :math:`\omega > 1`. In a row of rejections it doubles each time, and a damping that is
+        a pure number falls by :math:`\omega^{3/2}` (Nielsen).
       every: steps from one change of the damping to the next; a rejection changes it at once.
       min_damping: the lowest damping; None for 10 eps of the working dtype (1.2e-6 in float32,
         which turns to NaN at less).
-      max_damping: the largest damping.
+      max_damping: the largest damping; None for 1e8.
       reject: whether to reject; with False only the damping reacts.
       geodesic_acceleration: for :func:`gauss_newton` metrics, adds half the second-order correction
         :math:`a = -(F + \lambda I)^{-1} J^T r''_{uu}` to the step of
-        :func:`scale_by_natural_gradient` (rate 1) where ||a|| is at most 0.75 of the step's length,
-        by one jvp of a jvp (by differences of outputs where the model has no forward mode) and one
-        more solve with the same factorisation.
+        :func:`scale_by_natural_gradient` (rate 1), by one jvp of a jvp (by differences of outputs
+        where the model has no forward mode) and one more solve with the same factorisation. Where
+        ||a|| is above 0.75 of the step's length the model bends too much: the step goes without it,
+        and the damping does not fall. None for True in a fit, see ``damping_scale``.
+      damping_scale: "largest_diagonal" for :math:`F + \lambda D` in place of
+        :math:`F + \lambda I`, with D the largest diagonal of F seen (More), of which half is
+        forgotten at every step: the units of single parameters then do not matter. It needs an
+        exact solver in ``inner`` that has no scale of its own. None for :math:`\lambda I`.
+        "automatic" takes it in a fit: residuals of at most 128 parameters, such a solver, and no
+        damping given at all, first, lowest or largest, which would be in units of F.
       has_aux: whether ``value_fn`` returns a pair of the objective and auxiliary output.
 
     Returns:
@@ -118,7 +161,7 @@ def levenberg_marquardt(
     Raises:
       TypeError: ``inner`` or ``metric`` is no such thing; ``value_fn`` is missing in `update`.
       ValueError: a number is out of range; nothing inside ``inner`` reads ``damping``, or
-        ``geodesic_acceleration`` where that is wanted (at `init`).
+        ``geodesic_acceleration`` or ``damping_scale`` where that is wanted (at `init`).
 
     Examples:
       Rosenbrock's valley as least squares, from the usual start, without a rate:
@@ -135,32 +178,83 @@ def levenberg_marquardt(
       ...     return optax.apply_updates(p, updates), state
       >>> p = jnp.array([-1.2, 1.0])
       >>> state = tx.init(p)
-      >>> for _ in range(40):
+      >>> while not state.info.converged and state.count < 100:
       ...     before = loss(p, None)
       ...     p, state = step(p, state)
       ...     assert loss(p, None) <= before
-      >>> bool(jnp.allclose(p, 1.0, atol=1e-2))
+      >>> bool(jnp.allclose(p, 1.0, atol=1e-5))
+      True
+
+      or inside jit, where the loop is ``jax.lax.while_loop``:
+
+      >>> going = lambda carry: ~carry[1].info.converged & (carry[1].count < 100)
+      >>> start = jnp.array([-1.2, 1.0])
+      >>> fit = jax.jit(lambda p: jax.lax.while_loop(going, lambda c: step(*c), (p, tx.init(p))))
+      >>> bool(jnp.allclose(fit(start)[0], 1.0, atol=1e-5))
       True
 
     Notes:
-      One evaluation of the objective and one Jacobian product a step. The ratio is that of one
+      One evaluation of the objective and one Jacobian product a step; with a damping scale the
+      diagonal of F besides, with acceleration two more Jacobian products. The ratio is that of one
       batch: where batches are small and it is noisy, ``every=5, factor=1.5`` follow it slowly.
+      A change that is rounding of the objective counts as foretold. Rounding is 10 eps of the
+      objective; with a damping scale it includes what is lost where residuals are small
+      differences, which the size of :math:`\theta` in units of D tells.
 
     References:
-      Levenberg, 1944; Marquardt, 1963; More, 1978, The Levenberg-Marquardt algorithm; Martens and
-      Grosse, 2015, section 6.5; Transtrum and Sethna, 2012 (geodesic acceleration).
+      Levenberg, 1944; Marquardt, 1963; More, 1978, The Levenberg-Marquardt algorithm; Nielsen,
+      1999, Damping parameter in Marquardt's method; Martens and Grosse, 2015, section 6.5;
+      Transtrum and Sethna, 2012 (geodesic acceleration).
     """
     name = "levenberg_marquardt"
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(f"{name}: inner must be an optax transformation, got {inner!r}")
     _boundary.check_metric(name, metric)
-    settings = _damped.settings(
-        name, initial_damping, factor, every, min_damping, max_damping, reject
-    )
+    largest = 1e8 if max_damping is None else max_damping
+    settings = _damped.settings(name, initial_damping, factor, every, min_damping, largest, reject)
+    if damping_scale not in ("automatic", "largest_diagonal", None):
+        raise ValueError(
+            f"{name}: damping_scale must be 'automatic', 'largest_diagonal' or None, got"
+            f" {damping_scale!r}"
+        )
     if geodesic_acceleration:
         _acceleration.check(name, metric)
-    told = _told.Told(geodesic_acceleration=geodesic_acceleration or None)
-    return controlled(name, inner, metric, settings, told=told, has_aux=has_aux)
+    given = any(x is not None for x in (initial_damping, min_damping, max_damping))
+    may_scale = damping_scale == "largest_diagonal" or (
+        damping_scale == "automatic" and metric.name == "gauss_newton" and not given
+    )
+
+    def plan(params: Tree, state: Any) -> Plan:
+        small = metric.name == "gauss_newton" and _trees.size(params) <= FIT
+        scaled = may_scale and _takes_scale(state)
+        if damping_scale == "largest_diagonal":
+            _check_scale(name, scaled, params)
+        else:
+            scaled = scaled and small
+        accelerated = scaled and small if geodesic_acceleration is None else geodesic_acceleration
+        return Plan(may_scale, scaled, accelerated)
+
+    return controlled(name, inner, metric, settings, plan=plan, has_aux=has_aux)
+
+
+def _takes_scale(state: Any) -> bool:
+    """Whether all that reads the damping takes it in the units of a scale."""
+    found = _damped.readers(state, "damping")
+    return bool(found) and all(getattr(x, "free_scale", None) is not None for x in found)
+
+
+def _check_scale(name: str, scaled: bool, params: Tree) -> None:
+    if not scaled and jax.tree.leaves(params):
+        raise ValueError(
+            f"{name}: damping_scale='largest_diagonal' needs scale_by_natural_gradient or"
+            " natural_gradient in `inner`, with an exact solver (cholesky(), woodbury(), cg(),"
+            " spectral() or None) and no damping_scale of their own"
+        )
+
+
+def _unscaled(params: Tree, state: Any) -> Plan:
+    del params, state
+    return Plan(False, False, False)
 
 
 def controlled(
@@ -170,7 +264,7 @@ def controlled(
     settings: _damped.Settings,
     *,
     has_aux: bool,
-    told: _told.Told = _told.NOTHING,
+    plan: Callable[[Tree, Any], Plan] = _unscaled,
     foretold: Callable[[Any], jax.Array] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The wrapper itself.
@@ -183,10 +277,10 @@ def controlled(
     def init_fn(params: Tree) -> LevenbergMarquardtState:
         state = inner.init(params)
         _damped.check_sign(name, state)
-        wanted = ["damping"] + ["geodesic_acceleration"] * (told.geodesic_acceleration is not None)
-        for keyword in wanted:
+        planned = plan(params, state)
+        for keyword in ("damping", *(["geodesic_acceleration"] if planned.accelerated else [])):
             _damped.check_reads(name, inner, state, params, keyword)
-        return _sharding.place_beside(_start(settings, state, params), params)
+        return _sharding.place_beside(_start(settings, planned, state, params), params)
 
     def update_fn(
         updates: Tree,
@@ -206,11 +300,22 @@ def controlled(
         at = lambda p: objective(p, batch, full_params)
         if not jax.tree.leaves(params):
             return updates, state
+        planned = plan(params, state.inner)
         value = at(params) if value is None else _objective.as_value(name, value)
         grad = _boundary.visible(updates if grad is None else grad, params)
-        now = told._replace(damping=state.damping, refresh=state.rejected, full_params=full_params)
-        named, now = _told.split(inner.update, now)
-        child = _objective.inside(name, value_fn, batch, full_params, now, has_aux=has_aux)
+        seen = None
+        if planned.scaled:
+            hidden = _told.hidden(params, full_params, value_fn)
+            seen = _largest_diagonal.seen(metric, params, batch, hidden, state.largest)
+        told = _told.Told(
+            damping=state.damping,
+            refresh=state.rejected,
+            full_params=full_params,
+            geodesic_acceleration=planned.accelerated or None,
+            damping_scale=None if seen is None else seen.scale,
+        )
+        named, told = _told.split(inner.update, told)
+        child = _objective.inside(name, value_fn, batch, full_params, told, has_aux=has_aux)
         extra = {**extra_args, **named, "value": value, "grad": grad, "value_fn": child}
         step, inner_state = inner.update(updates, state.inner, params, batch=batch, **extra)
         _damped.check_downhill(name, inner.update, grad, step)
@@ -222,40 +327,97 @@ def controlled(
             predicted = _sharding.run(core, operands, state.damping)
         else:
             predicted = foretold(inner_state)
-        new = _judged(settings, state, value, there, predicted)
-        step = jax.tree.map(lambda u: jnp.where(new.rejected, jnp.zeros_like(u), u), step)
-        return _sharding.keep(step, updates), _call.keep_types(
-            new._replace(inner=inner_state), state
-        )
+        tried = _tried(planned, value, there, predicted, inner_state, seen)
+        new, kept = _judged(settings, planned, state, tried)
+        step = jax.tree.map(lambda u: jnp.where(kept, u, jnp.zeros_like(u)), step)
+        largest = state.largest if seen is None else seen.largest
+        new = new._replace(inner=inner_state, largest=largest)
+        return _sharding.keep(step, updates), _call.keep_types(new, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _start(settings: _damped.Settings, inner: Any, params: Tree) -> LevenbergMarquardtState:
-    zero = lambda: jnp.zeros((), jnp.float32)
-    rejected = lambda: jnp.zeros((), jnp.bool_)
-    damping = jnp.asarray(settings.initial).astype(_trees.work_dtype(params))
-    damping = _damped.within(settings, damping)
-    info = LevenbergMarquardtInfo(zero(), zero(), zero(), zero(), rejected())
-    return LevenbergMarquardtState(jnp.zeros((), jnp.int32), damping, rejected(), inner, info)
+class _Step(NamedTuple):
+    """A step that was tried: the objective before and after it, and what was foretold.
+
+    `bent` says that the model bends too much along it, `size` is that of `Seen`.
+    """
+
+    value: jax.Array
+    there: jax.Array
+    predicted: jax.Array
+    bent: jax.Array
+    size: jax.Array
 
 
-def _judged(
-    settings: _damped.Settings,
-    state: LevenbergMarquardtState,
+def _tried(
+    planned: Plan,
     value: jax.Array,
     there: jax.Array,
     predicted: jax.Array,
+    inner_state: Any,
+    seen: _largest_diagonal.Seen | None,
+) -> _Step:
+    """Reads off the inner state what the acceleration was like.
+
+    The quadratic model knows nothing of an acceleration: what it predicts of the direction alone is
+    what the accelerated step comes closer to.
+    """
+    predicted, bent = predicted.astype(value.dtype), jnp.zeros((), jnp.bool_)
+    found = _damped.readers(inner_state, "geodesic_acceleration") if planned.accelerated else []
+    for state in found:
+        bent |= ~(state.info.acceleration <= _acceleration.LONGEST)
+    if len(found) == 1:
+        alone = found[0].info.foretold.astype(value.dtype)
+        usable = jnp.isfinite(alone) & (alone > float(jnp.finfo(jnp.float32).tiny))
+        predicted = jnp.where(usable, alone, predicted)
+    size = jnp.zeros((), value.dtype) if seen is None else seen.size.astype(value.dtype)
+    return _Step(value, there, predicted, bent, size)
+
+
+def _start(
+    settings: _damped.Settings, planned: Plan, inner: Any, params: Tree
 ) -> LevenbergMarquardtState:
-    decrease = value - there
-    ratio = _reduction.ratio(decrease, predicted, value)
-    # True for NaN, too.
-    rejected = jnp.asarray(settings.reject).astype(jnp.bool_) & ~(there <= value)
+    zero = lambda dtype: jnp.zeros((), dtype)
+    real, count, flag = (lambda dtype=dtype: zero(dtype) for dtype in ("float32", "int32", "bool"))
+    damping = _damped.first(settings, planned.scaled, _trees.work_dtype(params))
+    info = LevenbergMarquardtInfo(real(), real(), real(), real(), flag(), flag())
+    largest = _trees.zeros_like(params) if planned.may_scale else None
+    return LevenbergMarquardtState(count(), damping, flag(), inner, info, count(), count(), largest)
+
+
+def _judged(
+    settings: _damped.Settings, planned: Plan, state: LevenbergMarquardtState, step: _Step
+) -> tuple[LevenbergMarquardtState, jax.Array]:
+    """The next state, and whether the step is taken."""
+    value, predicted = step.value, step.predicted
+    decrease = value - step.there
+    noise = _reduction.rounding(value, step.size)
+    ratio = _reduction.ratio(decrease, predicted, noise)
+    is_quiet = _reduction.quiet(decrease, predicted, noise)
+    quiet = jnp.where(is_quiet, optax.safe_increment(state.quiet), 0)
+    tiny = predicted <= _reduction.negligible(value, step.size)
+    converged = ((quiet >= _QUIET) & tiny) | (quiet >= _LONG_QUIET)
+    may_reject = jnp.asarray(settings.reject).astype(jnp.bool_)
+    worse = ~(step.there <= value)  # True for NaN, too
+    rejected = may_reject & worse & ~is_quiet
+    trusted = jnp.where(step.bent & ~is_quiet, jnp.minimum(ratio, _damped.FAIR), ratio)
     due = ((state.count + 1) % settings.every == 0) | rejected
-    damping = _damped.adapted(settings, state.damping, ratio, rejected, due, state.rejected)
+    damping = _damped.adapted(
+        settings, state.damping, trusted, rejected, due, state.rejections, scaled=planned.scaled
+    )
     real = lambda x: x.astype(jnp.float32)
     info = LevenbergMarquardtInfo(
-        real(state.damping), real(ratio), real(decrease), real(predicted), rejected
+        real(state.damping), real(ratio), real(decrease), real(predicted), rejected, converged
     )
-    count = optax.safe_increment(state.count)
-    return LevenbergMarquardtState(count, damping, rejected, state.inner, info)
+    new = LevenbergMarquardtState(
+        optax.safe_increment(state.count),
+        damping,
+        rejected,
+        state.inner,
+        info,
+        jnp.where(rejected, optax.safe_increment(state.rejections), 0),
+        quiet,
+        state.largest,
+    )
+    return new, ~(rejected | (may_reject & converged))

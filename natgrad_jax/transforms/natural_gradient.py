@@ -107,17 +107,21 @@ def natural_gradient(
     if weight_decay is not None:
         parts.append(_call.keep_dtypes(optax.add_decayed_weights(weight_decay)))
     parts.append(_call.keep_dtypes(optax.scale_by_learning_rate(learning_rate)))
-    max_kl = _default_limit(metric, solver) if _is_auto(max_kl) else max_kl
-    if max_kl is not None:
-        parts.append(clip_by_kl(metric, max_kl))
+    limit = _limit(max_kl, metric, solver)
+    if limit is not None:
+        parts.append(clip_by_kl(metric, limit))
     return _call.named("natural_gradient", optax.chain(*parts))
 
 
-def _is_auto(max_kl: Any) -> bool:
-    return isinstance(max_kl, str) and max_kl == "auto"
-
-
-def _default_limit(metric: Metric, solver: Solver | None) -> float | None:
-    """Without a likelihood steps have no length in nats."""
+def _limit(
+    max_kl: jax.typing.ArrayLike | str | None, metric: Metric, solver: Solver | None
+) -> jax.typing.ArrayLike | None:
+    """The limit of a step; the default one needs a likelihood, which makes lengths nats."""
+    if not isinstance(max_kl, str):
+        return max_kl
+    if max_kl != "auto":
+        raise ValueError(
+            f"natural_gradient: max_kl must be a number, None or 'auto', got {max_kl!r}"
+        )
     approximate = solver is not None and solver.approximates
     return APPROXIMATE_MAX_KL if approximate and metric.divergence is not None else None

@@ -25,6 +25,10 @@ from natgrad_jax.transforms import _told
 Tree = Any
 
 
+class FreeScale(NamedTuple):
+    """Stands in a state, without leaves: an exact solver that scales entries, and no scale set."""
+
+
 class ScaleByNaturalGradientState(NamedTuple):
     """State of :func:`scale_by_natural_gradient`.
 
@@ -34,6 +38,7 @@ class ScaleByNaturalGradientState(NamedTuple):
       velocity: phi, the momentum in direction space before the learning rate; None without.
       solver: the solver's own state.
       info: diagnostics of the last update.
+      free_scale: whether ``update`` takes ``damping_scale=``, an empty record; None where not.
     """
 
     count: jax.Array  # type: ignore[assignment]  # a field, not tuple.count
@@ -41,6 +46,7 @@ class ScaleByNaturalGradientState(NamedTuple):
     velocity: Tree
     solver: Any
     info: direction.NaturalGradientInfo
+    free_scale: FreeScale | None = None
 
 
 def scale_by_natural_gradient(
@@ -81,6 +87,8 @@ def scale_by_natural_gradient(
       An ``optax.GradientTransformationExtraArgs``, whose ``update(grads, state, params, *, batch)``
       needs the parameters and the keyword ``batch`` and is compiled also when called eagerly. Under
       ``optax.masked`` or ``optax.partition`` pass ``full_params=params`` as well. With
+      ``damping_scale=`` it takes s at every update, a tree like the parameters (as
+      :func:`levenberg_marquardt` gives it). With
       ``refresh=True`` a solver that keeps inverses (`kfac`) makes all of them anew;
       ``geodesic_acceleration=True`` is explained at :func:`levenberg_marquardt`. Unknown keywords
       are ignored. The state is a :class:`ScaleByNaturalGradientState` with diagnostics in ``info``.
@@ -137,6 +145,9 @@ def scale_by_natural_gradient(
         _boundary.check_number(name, "momentum", momentum, schedule=True)
 
     default_damping = damping
+    free_scale = (
+        FreeScale() if scale is None and solve.scales_entries and not solve.approximates else None
+    )
 
     def init_fn(params: Tree) -> ScaleByNaturalGradientState:
         _call.check_init(name, params)
@@ -148,6 +159,7 @@ def scale_by_natural_gradient(
             velocity=None if momentum is None else _trees.zeros_like(params),
             solver=solve.init(metric, params),
             info=direction.empty_info(),
+            free_scale=free_scale,
         )
         return _sharding.place_beside(state, params)
 
@@ -158,6 +170,7 @@ def scale_by_natural_gradient(
         *misplaced: Any,
         batch: Tree = _call.MISSING,
         damping: jax.typing.ArrayLike | None = None,
+        damping_scale: Tree | None = None,
         full_params: Tree | None = None,
         refresh: jax.typing.ArrayLike | None = None,
         geodesic_acceleration: bool = False,
@@ -165,7 +178,8 @@ def scale_by_natural_gradient(
     ) -> tuple[Tree, ScaleByNaturalGradientState]:
         value_fn = extra_args.get("value_fn")
         told = _told.merged(
-            _told.Told(damping, refresh, None, geodesic_acceleration), _told.told(value_fn)
+            _told.Told(damping, refresh, None, geodesic_acceleration, damping_scale),
+            _told.told(value_fn),
         )
         _call.check(name, updates, params, batch, misplaced)
         full_params = _told.hidden(params, full_params, value_fn)
@@ -177,6 +191,11 @@ def scale_by_natural_gradient(
         _damping_scale.check_prefix(name, scale, params)
         if told.damping is not None:
             _boundary.check_number(f"{name}: update()", "damping", told.damping)
+        if told.damping_scale is not None and free_scale is None:
+            raise ValueError(
+                f"{name}: update() got damping_scale, which goes with exact solvers that"
+                " scale entries, and without a damping_scale at construction"
+            )
         accelerated = bool(told.geodesic_acceleration)
         if accelerated:
             _acceleration.check(name, metric)
@@ -196,12 +215,12 @@ def scale_by_natural_gradient(
             at_count(momentum),
             state.velocity,
             full_params,
-            scale,
+            scale if told.damping_scale is None else told.damping_scale,
         )
         like = (updates, state.solver, state.velocity, state.info)
         d, solver_state, velocity, info = _sharding.run(core, operands, like)
         count = optax.safe_increment(state.count)
-        new = ScaleByNaturalGradientState(count, key, velocity, solver_state, info)
+        new = ScaleByNaturalGradientState(count, key, velocity, solver_state, info, free_scale)
         return _sharding.keep(d, updates), _call.keep_types(new, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

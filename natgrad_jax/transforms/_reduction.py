@@ -63,18 +63,19 @@ def negligible(value: jax.Array, size: jax.Array) -> jax.Array:
     return jnp.asarray(eps**1.25, value.dtype) * jnp.abs(value) + floor(value, size)
 
 
-def ratio(actual: jax.Array, predicted: jax.Array, noise: jax.Array) -> jax.Array:
+def ratio(
+    actual: jax.Array, predicted: jax.Array, noise: jax.Array, is_quiet: jax.Array
+) -> jax.Array:
     """actual / predicted, 1 where both are rounding of the objective; not finite: -infinity.
 
     Conn, Gould and Toint, 2000, section 17.4.2.
     """
-    above, below = actual + noise, predicted.astype(actual.dtype) + noise
+    above, below = actual + noise, predicted + noise
     usable = jnp.isfinite(above) & (below > 0) & jnp.isfinite(below)
     found = jnp.where(usable, above / jnp.where(usable, below, 1), -jnp.inf)
-    return jnp.where(quiet(actual, predicted, noise), 1, found)
+    return jnp.where(is_quiet, 1, found)
 
 
-def quiet(actual: jax.Array, predicted: jax.Array, noise: jax.Array) -> jax.Array:
-    """Whether both changes are rounding."""
-    predicted = predicted.astype(actual.dtype)
-    return (jnp.abs(actual) <= noise) & (jnp.abs(predicted) <= noise)
+def quiet(actual: jax.Array, predicted: jax.Array, noise: jax.Array, *, slack: float) -> jax.Array:
+    """Whether both changes are rounding, the actual one up to `slack` times what is known of it."""
+    return (jnp.abs(actual) <= slack * noise) & (jnp.abs(predicted) <= noise)

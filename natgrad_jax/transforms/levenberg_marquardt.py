@@ -80,6 +80,10 @@ FIT = 128
 #: Steps in a row that are rounding, at least, and those that are enough by themselves.
 _QUIET, _LONG_QUIET = 3, 30
 
+#: Without a scale it is not known what residuals are a difference of: rounding may be larger by so
+#: much than 10 eps of the objective.
+_SLACK = 1e3
+
 
 class Plan(NamedTuple):
     """How a problem is solved, known from shapes.
@@ -393,8 +397,9 @@ def _judged(
     value, predicted = step.value, step.predicted
     decrease = value - step.there
     noise = _reduction.rounding(value, step.size)
-    ratio = _reduction.ratio(decrease, predicted, noise)
-    is_quiet = _reduction.quiet(decrease, predicted, noise)
+    slack = 1.0 if planned.scaled else _SLACK
+    is_quiet = _reduction.quiet(decrease, predicted, noise, slack=slack)
+    ratio = _reduction.ratio(decrease, predicted, noise, is_quiet)
     quiet = jnp.where(is_quiet, optax.safe_increment(state.quiet), 0)
     tiny = predicted <= _reduction.negligible(value, step.size)
     converged = ((quiet >= _QUIET) & tiny) | (quiet >= _LONG_QUIET)
@@ -420,4 +425,5 @@ def _judged(
         quiet,
         state.largest,
     )
-    return new, ~(rejected | (may_reject & converged))
+    out = converged | ~(step.there <= value + jnp.where(is_quiet, noise, 0))
+    return new, ~(may_reject & out)

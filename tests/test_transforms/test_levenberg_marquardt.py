@@ -305,3 +305,68 @@ def test_the_first_damping_is_within_its_bounds():
     inner = ng.natural_gradient(1.0, METRIC)
     tx = ng.levenberg_marquardt(inner, METRIC, initial_damping=10.0, max_damping=1.0)
     assert tx.init(START).damping == 1.0
+
+
+# Converged.
+
+LINE = np.stack([np.ones(50), np.linspace(1990, 2020, 50)], axis=1)
+NOISY = LINE @ np.array([3.0, 0.01]) + 0.1 * np.sin(np.arange(50.0) ** 2)
+
+
+def line(p, batch):
+    return LINE @ p - NOISY
+
+
+@pytest.mark.parametrize("kind", ["levenberg_marquardt", "in units of F", "adaptive"])
+def test_at_the_optimum_the_damping_does_not_grow_and_nothing_is_rejected(kind):
+    metric, loss = ng.gauss_newton(line), of(line)
+    inner = ng.natural_gradient(1.0, metric)
+    tx = {
+        "levenberg_marquardt": lambda: ng.levenberg_marquardt(inner, metric),
+        "in units of F": lambda: ng.levenberg_marquardt(inner, metric, initial_damping=1e-2),
+        "adaptive": lambda: ng.adaptive_natural_gradient(metric),
+    }[kind]()
+    last, _, states = run(tx, loss, 120, np.zeros(2))
+    expected = np.linalg.lstsq(LINE, NOISY, rcond=None)[0]
+    np.testing.assert_allclose(last, expected, rtol=1e-5)
+    converged = np.asarray(states.info.converged)
+    assert converged[-1] and not converged[:3].any()
+    first = int(np.argmax(converged))
+    assert not np.asarray(states.info.rejected)[first:].any()
+    assert np.all(np.diff(np.asarray(states.damping)[first:]) <= 0)
+
+
+def test_far_from_the_optimum_nothing_is_converged():
+    """The control: neither a step that is rejected nor a small one says so."""
+    _, path, states = run(ng.levenberg_marquardt(INNER, METRIC), LOSS, 8, START)
+    assert LOSS(path[-1], None) > 1e-6 and not np.asarray(states.info.converged).any()
+    tx = ng.levenberg_marquardt(INNER, METRIC, initial_damping=1e8)
+    _, _, states = run(tx, LOSS, 8, START)
+    assert not np.asarray(states.info.converged).any()
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (1e-6, 1e5)])
+def test_units_of_parameters_do_not_matter(scales):
+    units = np.array(scales)
+    residual = lambda p, batch: rosenbrock(p / units, batch)
+    metric = ng.gauss_newton(residual)
+    tx = ng.levenberg_marquardt(ng.natural_gradient(1.0, metric, solver=ng.cholesky()), metric)
+    _, path, _ = run(tx, of(residual), 12, START * units)
+    reference = run(ng.levenberg_marquardt(INNER, METRIC), LOSS, 12, START)[1]
+    np.testing.assert_allclose(path / units, reference, rtol=1e-6)
+    # The control: in units of F they do.
+    tx = ng.levenberg_marquardt(
+        ng.natural_gradient(1.0, metric, solver=ng.cholesky()), metric, damping_scale=None
+    )
+    plain = run(tx, of(residual), 12, START * units)[1]
+    other = run(ng.levenberg_marquardt(INNER, METRIC, damping_scale=None), LOSS, 12, START)[1]
+    assert np.allclose(plain / units, other, rtol=1e-6) == (scales == (1.0, 1.0))
+
+
+@pytest.mark.parametrize("solver", [ng.diagonal(), ng.kfac(None)])
+def test_a_scale_needs_an_exact_solver(solver):
+    inner = ng.natural_gradient(1.0, METRIC, solver=solver)
+    tx = ng.levenberg_marquardt(inner, METRIC, damping_scale="largest_diagonal")
+    with pytest.raises(ValueError, match="damping_scale='largest_diagonal' needs"):
+        tx.init(START)
+    assert ng.levenberg_marquardt(inner, METRIC).init(START).damping == 1e-2

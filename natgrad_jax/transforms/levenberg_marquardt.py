@@ -182,7 +182,7 @@ def controlled(
 
     def init_fn(params: Tree) -> LevenbergMarquardtState:
         state = inner.init(params)
-        _damped.check_sign(name, state)
+        _damped.check_sign(name, inner.update, state)
         wanted = ["damping"] + ["geodesic_acceleration"] * (told.geodesic_acceleration is not None)
         for keyword in wanted:
             _damped.check_reads(name, inner, state, params, keyword)

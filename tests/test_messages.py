@@ -312,6 +312,17 @@ def test_a_forgotten_sign_inside_levenberg_marquardt_is_named_once():
         assert "an increase: does the step point uphill?" in str(ng.info(after))
 
 
+def test_a_sign_turned_by_the_user_is_no_mistake():
+    inner = ng.scale_by_natural_gradient(EXACT)
+
+    def update(*args, **keywords):
+        direction, state = inner.update(*args, **keywords)
+        return jax.tree.map(jnp.negative, direction), state
+
+    turned = optax.GradientTransformationExtraArgs(inner.init, update)
+    ng.levenberg_marquardt(turned, EXACT).init(W)
+
+
 def test_the_right_sign_is_no_news():
     messages, state, _ = stepped(-1.0)
     assert messages == []

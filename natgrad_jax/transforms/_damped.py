@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from natgrad_jax import _boundary
+from natgrad_jax import _sharding
 from natgrad_jax import _trees
 from natgrad_jax.transforms.scale_by_natural_gradient import ScaleByNaturalGradientState
 from natgrad_jax.transforms.scale_by_quadratic_model import ScaleByQuadraticModelState
@@ -111,9 +112,13 @@ def within(settings: Settings, damping: jax.Array) -> jax.Array:
 _looked_at: dict[Any, None] = {}
 
 
-def check_sign(name: str, state: Any) -> None:
-    """Raises where the inner transformation is a direction alone, of the gradient's sign."""
-    if isinstance(state, ScaleByNaturalGradientState | ScaleByQuadraticModelState):
+def check_sign(name: str, update: Any, state: Any) -> None:
+    """Raises where the inner transformation is a direction alone, of the gradient's sign.
+
+    One of the user's own may keep such a state and turn the sign: its `update` is not ours.
+    """
+    ours = str(getattr(update, "__module__", "")).split(".")[0] == __name__.split(".")[0]
+    if ours and isinstance(state, ScaleByNaturalGradientState | ScaleByQuadraticModelState):
         raise ValueError(
             f"{name}: inner gives a direction of the gradient's sign, but what is wanted is a step:"
             " let optax.scale(-1.0) follow in a chain, or take natural_gradient(1.0, metric)"
@@ -130,7 +135,8 @@ def check_downhill(name: str, update: Any, grad: Tree, step: Tree) -> None:
         _looked_at.clear()
     _looked_at[update] = None
     dtype = _trees.work_dtype(step)
-    if _trees.vdot(_trees.cast(grad, dtype), _trees.cast(step, dtype), dtype) > 0:
+    slope = lambda g, u: _trees.vdot(_trees.cast(g, dtype), _trees.cast(u, dtype), dtype)
+    if _sharding.run(slope, (grad, step), jnp.zeros((), dtype)) > 0:
         warnings.warn(
             f"{name}: the step of `inner` points uphill, along the gradient, and will be rejected"
             " as long as it does: a sign is missing, as of optax.scale(-1.0)",

@@ -280,7 +280,7 @@ def controlled(
 
     def init_fn(params: Tree) -> LevenbergMarquardtState:
         state = inner.init(params)
-        _damped.check_sign(name, state)
+        _damped.check_sign(name, inner.update, state)
         planned = plan(params, state)
         for keyword in ("damping", *(["geodesic_acceleration"] if planned.accelerated else [])):
             _damped.check_reads(name, inner, state, params, keyword)

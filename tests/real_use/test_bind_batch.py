@@ -160,6 +160,22 @@ def test_hidden_parameters_need_no_keyword_either():
         tx.update(grads, tx.init(params), params, batch=BATCH)
 
 
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_line_search_beside_hidden_parameters_needs_it(bound, standard_promotion):
+    """In a plain chain it refuses the `full_params` that a mask asks for."""
+    tx = optax.chain(optax.masked(NEWTON, {"w": True, "b": False}), optax.scale(1.0))
+    tx = optax.chain(tx, optax.scale_by_backtracking_linesearch(10))
+    params = {"w": jnp.zeros(3), "b": jnp.zeros(())}
+    value, grad = jax.value_and_grad(loss)(params, BATCH)
+    keywords = {"value": value, "grad": grad, "value_fn": loss}
+    if bound:
+        whole = ng.bind_batch(tx, BATCH)
+        solved(whole.update(grad, whole.init(params), params, **keywords)[0])
+        return
+    with pytest.raises(TypeError, match="full_params"):
+        tx.update(grad, tx.init(params), params, batch=BATCH, full_params=params, **keywords)
+
+
 MISTAKES = {
     "no transformation": (lambda: ng.bind_batch(METRIC, BATCH), "inner must be an optax"),
     "no arrays": (lambda: ng.bind_batch(NEWTON, (X, "y")), r"bind_batch: batch\[1\] must be an"),

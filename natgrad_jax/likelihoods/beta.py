@@ -131,7 +131,9 @@ def _scores(z: jax.Array, s: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Ar
     return in_mean, gap_a + gap_b - special.digamma_gap(s) - special.argument(s) * distance
 
 
-_log_prob = with_scores(lambda z, y, c: _value(*z, y), lambda z, y, c: _scores(*z, y))
+_log_prob = with_scores(
+    lambda z, y, c: _value(z[0], z[1], y), lambda z, y, c: _scores(z[0], z[1], y)
+)
 _log_prob_of_mean = with_scores(
     lambda z, y, c: _value(z[0], c[0], y), lambda z, y, c: _scores(z[0], c[0], y)[:1]
 )

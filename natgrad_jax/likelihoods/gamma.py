@@ -97,7 +97,9 @@ def _scores(m: jax.Array, s: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Ar
     return k * jnp.expm1(w), special.digamma_gap(s) - k * expm1_gap(w)
 
 
-_log_prob = with_scores(lambda z, y, c: _value(*z, y), lambda z, y, c: _scores(*z, y))
+_log_prob = with_scores(
+    lambda z, y, c: _value(z[0], z[1], y), lambda z, y, c: _scores(z[0], z[1], y)
+)
 _log_prob_of_mean = with_scores(
     lambda z, y, c: _value(z[0], c[0], y), lambda z, y, c: _scores(z[0], c[0], y)[:1]
 )

@@ -40,7 +40,9 @@ def mean_over_counts(
     def add(total: jax.Array, rule: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         point, weight, count, of_count = rule
         sinh = jnp.sinh(0.5 * (low + 0.5 * width * (1 + point)) / root)
-        y = jnp.where(of_count, count, spread * sinh * sinh)
+        y = jnp.where(
+            of_count, count, jnp.minimum(spread * sinh * sinh, 1e18)
+        )  # squares are finite
         slope = 0.5 * width * jnp.sqrt(y * (1 + y / spread))
         return total + jnp.where(of_count, weight, weight * slope) * density(y), None
 

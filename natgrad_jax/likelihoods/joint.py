@@ -93,5 +93,5 @@ class Joint(Likelihood):
         if len(set(rows.values())) > 1:
             problem = f"log-probabilities cannot be summed row by row, heads have rows {rows}"
             raise ValueError(f"Joint.{method}: {problem}")
-        head, *others = _trees.cast(list(values.values()), _trees.work_dtype(values))
-        return sum(others, head)
+        parts = _trees.cast(list(values.values()), _trees.work_dtype(values))
+        return sum(parts[1:], parts[0])

@@ -95,7 +95,7 @@ class NegativeBinomial(ClosedForm):
         s = -z[1]
         # Beyond exp(60) there is no more to count, and squares stay finite.
         m, r = jnp.clip(z[0], -60, 60), jnp.clip(s, -60, 60)
-        density = lambda y: jnp.exp(_value(m, r, y)) * _scores(m, r, y)[1] ** 2
+        density = lambda y: (jnp.exp(0.5 * _value(m, r, y)) * _scores(m, r, y)[1]) ** 2
         return alike(z, _of_mean(z[0], s), mean_over_counts(density, m, r))
 
 
@@ -147,10 +147,11 @@ def _scores(z: jax.Array, s: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Ar
     """In log mean and log dispersion, the latter without what cancels for large r."""
     in_mean = y * sigmoid(s - z) - _of_mean(z, s)
     r, total = special.argument(s), jnp.logaddexp(z, s)
-    # delta = (y - mu) / (r + mu), and r (delta - log(1 + delta)) also where delta overflows.
+    # delta = (y - mu) / (r + mu); far from 0 by logarithms, it may overflow or round to -1.
     delta = y * jnp.exp(-jnp.maximum(total, -80)) - jnp.exp(z - total)
     far = in_mean - r * (jnp.log(r + y) - total)
-    gap = jnp.where(delta > 1, far, r * log1p_gap(jnp.minimum(delta, 1)))
+    near = jnp.abs(delta) < 0.5
+    gap = jnp.where(near, r * log1p_gap(jnp.where(near, delta, 0)), far)
     return in_mean, gap - special.digamma_rise(s, y)
 
 

@@ -67,10 +67,8 @@ def test_kl_is_the_formula(x64):
 
 
 def test_samples_have_mean_and_covariance():
-    z = (
-        jnp.tile(jnp.float32(MEAN[:1]), (20_000, 1)),
-        jnp.tile(jnp.float32(FACTOR[:1]), (20_000, 1, 1)),
-    )
+    repeat = lambda x: jnp.tile(jnp.float32(x[:1]), (20_000,) + (1,) * (x.ndim - 1))
+    z = repeat(MEAN), repeat(FACTOR)
     drawn = np.asarray(NORMAL.sample(jax.random.key(0), z))
     wanted = np.asarray(covariance(FACTOR[0]))
     scale = np.sqrt(np.outer(np.diag(wanted), np.diag(wanted)))

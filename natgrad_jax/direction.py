@@ -148,8 +148,8 @@ def check_arguments(caller: str, metric: Metric, solver: Solver | None, damping:
     _boundary.check_metric(caller, metric)
     if solver is not None and not isinstance(solver, Solver):
         raise ValueError(
-            f"{caller}: unknown solver {solver!r}; take None or one of cholesky(), qr(), woodbury(),"
-            " cg(), spectral(), kfac(batch), ekfac(batch), diagonal(), block_diagonal()"
+            f"{caller}: unknown solver {solver!r}; take None or one of cholesky(), qr(),"
+            " woodbury(), cg(), spectral(), kfac(batch), ekfac(batch), diagonal(), block_diagonal()"
         )
     if solver is not None and solver.needs_rows and metric.output_metric is None:
         raise ValueError(

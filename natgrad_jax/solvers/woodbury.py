@@ -1,6 +1,5 @@
 """The sample-space solver: the M x M Gram matrix in place of the P x P Fisher matrix."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -74,7 +73,6 @@ def woodbury() -> Solver:
       Woodbury, 1950; Chen and Heyl, 2023, Efficient optimization of deep neural quantum states
       toward machine precision.
     """
-
     return sample_space(decompose=True)
 
 

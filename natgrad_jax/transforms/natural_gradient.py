@@ -103,9 +103,9 @@ def natural_gradient(
     if weight_decay is not None:
         parts.append(_call.keep_dtypes(optax.add_decayed_weights(weight_decay)))
     parts.append(_call.keep_dtypes(optax.scale_by_learning_rate(learning_rate)))
-    max_kl = _default_limit(metric, solver) if _is_auto(max_kl) else max_kl
-    if max_kl is not None:
-        parts.append(clip_by_kl(metric, max_kl))
+    limit: Any = _default_limit(metric, solver) if _is_auto(max_kl) else max_kl
+    if limit is not None:
+        parts.append(clip_by_kl(metric, limit))
     return optax.chain(*parts)
 
 

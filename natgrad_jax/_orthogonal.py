@@ -50,8 +50,8 @@ def cut(n: int, dtype: jnp.dtype) -> float:
 def factorize(rows: jax.Array, damping: jax.Array, *, equilibrate: bool) -> Factor:
     """Prepares solves with R^T R + damping I.
 
-    By the inverse of a triangle; for damping 0 by singular values, of which those of null modes are cut,
-    where the triangle is not well conditioned. A damping that is rounding beside R, the square of
+    By the inverse of a triangle; for damping 0 by singular values, those of null modes cut, where
+    the triangle is not well conditioned. A damping that is rounding beside R, the square of
     `cut` times its longest column, is raised to that: the factor is then a preconditioner.
 
     Args:

@@ -106,6 +106,8 @@ def natural_gradient_direction(
       grads: the gradient g, a tree like ``params``.
       solver: one of the solvers; None chooses an exact one from static shapes: `cholesky` when
         P <= 2048 and P is not above the number of rows M, `woodbury` while M <= 4096, `cg` beyond.
+        For damping 0, and where the residual exceeds 1e-3, factors as in `qr` take over while M P
+        is at most 2^22 and the smaller of M and P at most 2048.
       damping: :math:`\lambda`, in units of F. 0 means the pseudo-inverse.
       damping_scale: s, as for :func:`scale_by_natural_gradient`: a tree prefix of ``params`` with
         one positive number for each parameter leaf, or "diagonal" for the diagonal of F; None for
@@ -160,8 +162,8 @@ def check_arguments(
     _boundary.check_metric(caller, metric)
     if solver is not None and not isinstance(solver, Solver):
         raise ValueError(
-            f"{caller}: unknown solver {solver!r}; take None or one of cholesky(), woodbury(),"
-            " cg(), spectral(), kfac(batch), ekfac(batch), diagonal(), block_diagonal()"
+            f"{caller}: unknown solver {solver!r}; take None or one of cholesky(), qr(),"
+            " woodbury(), cg(), spectral(), kfac(batch), ekfac(batch), diagonal(), block_diagonal()"
         )
     if solver is not None and solver.needs_rows and metric.output_metric is None:
         raise ValueError(

@@ -21,6 +21,7 @@ SOLVERS = {
     "cholesky": lambda batch: ng.cholesky(),
     "woodbury": lambda batch: ng.woodbury(),
     "cg": lambda batch: ng.cg(),
+    "qr": lambda batch: ng.qr(),
     "spectral": lambda batch: ng.spectral(),
     "diagonal": lambda batch: ng.diagonal(),
     "block_diagonal": lambda batch: ng.block_diagonal(),
@@ -76,7 +77,7 @@ def test_one_step_is_the_same_under_every_switch(switch, solver):
     assert_same(found, expected, 2e-5)
 
 
-@pytest.mark.parametrize("solver", ["automatic", "cholesky", "woodbury", "cg", "spectral"])
+@pytest.mark.parametrize("solver", ["automatic", "cholesky", "qr", "woodbury", "cg", "spectral"])
 @pytest.mark.parametrize("switch", ["debug_nans", "debug_infs"])
 def test_the_pseudo_inverse_divides_by_no_zero(switch, solver):
     """Damping 0, and fewer rows than parameters."""

@@ -57,7 +57,6 @@ def cholesky() -> Solver:
       Eigenvalues of a Hessian keep their sign; where its factorisation fails the
       eigendecomposition takes its place.
     """
-
     return dense(decompose=True)
 
 

@@ -1,6 +1,5 @@
 """The sample-space solver: the M x M Gram matrix in place of the P x P Fisher matrix."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -66,14 +65,14 @@ def woodbury() -> Solver:
       row space of R is only divided by the damping: `info.outside_row_space` reports its share of
       the step. Where rounding in the subtraction would be seen in the direction (g within the row
       space, small damping), the direction is corrected by its residual, for four products of R
-      instead of two. With damping 0, and where Cholesky fails, an eigendecomposition
-      of R R^T takes its place, several times the price.
+      instead of two. Where the damping is within the rounding of R R^T (10 eps of its norm), the
+      factor is that of a matrix with so much more on its diagonal, and conjugate gradients with it
+      as preconditioner follow. With damping 0 an eigendecomposition of R R^T takes its place.
 
     References:
       Woodbury, 1950; Chen and Heyl, 2023, Efficient optimization of deep neural quantum states
       toward machine precision.
     """
-
     return sample_space(decompose=True)
 
 
@@ -237,7 +236,7 @@ def _round(space: _SampleSpace, s: _Round) -> _Round:
         w=s.w + jnp.where(first | projecting, 1, -damping * length) * v,
         d_squared=d_squared,
         g_norm=g_norm,
-        # Rounding of d, which the rows amplify, is not in what the Gram matrix tells of the formula.
+        # Rounding of d, which the rows amplify, is not in what the Gram matrix tells.
         error=jnp.where(first, jnp.maximum(error, blurred), jnp.where(better, error, s.error)),
         outside=jnp.where(damped, 0, outside),
         search=_Search(v, wrong, rho),
@@ -250,7 +249,7 @@ def _round(space: _SampleSpace, s: _Round) -> _Round:
 def _search_direction(
     s: _Round, shifted: jax.Array, r: jax.Array, z: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The next direction of conjugate gradients, z itself with a factor that is exact, and r^T z."""
+    """The next direction, z itself with a factor that is exact, and r^T z."""
     rho, before = jnp.dot(r, z), s.search.rho
     usable = shifted & (s.count > 1) & (before > 0)
     beta = (rho - jnp.dot(s.search.r, z)) / jnp.where(usable, before, 1)

@@ -72,8 +72,9 @@ def scale_by_natural_gradient(
     Args:
       metric: the metric F, from `exact_fisher`, `sampled_fisher`, `empirical_fisher`,
         `gauss_newton`, `hessian` or `euclidean`.
-      solver: `cholesky`, `woodbury`, `cg`, `spectral` (exact), `kfac`, `ekfac`, `diagonal`,
-        `block_diagonal` (approximate), or None, which chooses an exact one from static shapes.
+      solver: `cholesky`, `qr`, `woodbury`, `cg`, `spectral` (exact), `kfac`, `ekfac`,
+        `diagonal`, `block_diagonal` (approximate), or None, which chooses an exact
+        one from static shapes.
       damping: :math:`\lambda \ge 0` in units of F, or a schedule of the update count. 0 means the
         pseudo-inverse. ``update`` also takes ``damping=``, which replaces it.
       damping_scale: s, for parameters in different units: a tree prefix of the parameters, such

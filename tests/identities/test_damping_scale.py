@@ -37,6 +37,7 @@ SOLVERS = {
     "None": (None, "dense"),
     "cholesky": (ng.cholesky(), "dense"),
     "woodbury": (ng.woodbury(), "dense"),
+    "qr": (ng.qr(), "dense"),
     "spectral": (ng.spectral(), "dense"),
     "cg": (ng.cg(tol=1e-13), "dense"),
     "cg, preconditioned": (ng.cg(tol=1e-13, preconditioner=ng.diagonal()), "dense"),
@@ -241,7 +242,7 @@ def test_E10_rows_of_every_form_are_scaled(name, kind):
     assert float(info.outside_row_space) == pytest.approx(outside, abs=1e-4)
 
 
-@pytest.mark.parametrize("solver", ["cholesky", "woodbury", "spectral", "cg"])
+@pytest.mark.parametrize("solver", ["cholesky", "qr", "woodbury", "spectral", "cg"])
 def test_E10_without_damping_it_is_the_pseudo_inverse_in_scaled_variables(solver):
     params, x, g = normal(7), normal(4, 7), normal(7)
     metric, s = ng.gauss_newton(lambda p, x: x @ p["a"] + x @ p["b"]), np.repeat([0.3, 40.0], 7)
@@ -258,7 +259,7 @@ def test_E10_without_damping_it_is_the_pseudo_inverse_in_scaled_variables(solver
 
 
 @pytest.mark.parametrize("damping_scale", [SCALE, "diagonal"])
-@pytest.mark.parametrize("solver", ["None", "woodbury", "cg"])
+@pytest.mark.parametrize("solver", ["None", "qr", "woodbury", "cg"])
 def test_E10_momentum_is_that_of_the_scaled_damping(solver, damping_scale):
     params, grads, batch = cases.arrays()
     mu, g = 0.7, oracle.ravel(grads)

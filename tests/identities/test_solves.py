@@ -23,6 +23,7 @@ METRIC = ng.gauss_newton(lambda params, x: x @ params)
 EXACT = {
     "cholesky": ng.cholesky(),
     "woodbury": ng.woodbury(),
+    "qr": ng.qr(),
     "spectral": ng.spectral(),
     "cg": ng.cg(tol=1e-13),
     "None": None,
@@ -182,7 +183,7 @@ def test_E5_warm_started_conjugate_gradients_are_homogeneous():
         assert error(textbook(factor * second), factor * textbook(second)) > VISIBLE
 
 
-@pytest.mark.parametrize("exact", ["cholesky", "woodbury"])
+@pytest.mark.parametrize("exact", ["cholesky", "qr", "woodbury"])
 def test_E6_an_exact_preconditioner_needs_one_iteration(exact):
     iterations = lambda solver: int(solve(solver, ROWS, GRADIENT, 0.1)[1].iterations)
     assert iterations(ng.cg(preconditioner=EXACT[exact])) == 1
@@ -190,7 +191,7 @@ def test_E6_an_exact_preconditioner_needs_one_iteration(exact):
 
 
 @pytest.mark.parametrize("damping", [0.1, 0.0])
-@pytest.mark.parametrize("name", ["cholesky", "woodbury", "cg"])
+@pytest.mark.parametrize("name", ["cholesky", "qr", "woodbury", "cg"])
 def test_E7_momentum_in_sample_space_equals_momentum_in_parameter_space(name, damping):
     mu, params = 0.8, np.zeros(7)
     tx = ng.scale_by_natural_gradient(METRIC, solver=EXACT[name], damping=damping, momentum=mu)
@@ -207,7 +208,7 @@ def test_E7_momentum_in_sample_space_equals_momentum_in_parameter_space(name, da
 
 
 @pytest.mark.parametrize("damping", [1e-2, 1e-4, 1e-6, 1e-8])
-@pytest.mark.parametrize("name", ["cholesky", "woodbury", "spectral"])
+@pytest.mark.parametrize("name", ["cholesky", "qr", "woodbury", "spectral"])
 def test_E8_rounding_error_is_eps_times_largest_eigenvalue_over_damping(name, damping):
     rows = rows_with_singular_values(np.logspace(0, -5, 4))
     d, _ = solve(EXACT[name], rows, GRADIENT, damping)
@@ -217,7 +218,7 @@ def test_E8_rounding_error_is_eps_times_largest_eigenvalue_over_damping(name, da
     assert error(d, expected) < 20 * EPS / damping
 
 
-@pytest.mark.parametrize("name", ["cholesky", "woodbury"])
+@pytest.mark.parametrize("name", ["cholesky", "qr", "woodbury"])
 def test_E8_a_refinement_step_buys_digits_in_float32(name):
     eps, damping = np.finfo(np.float32).eps, 1e-5
     refined, plain = [], []

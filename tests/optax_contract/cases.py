@@ -70,6 +70,7 @@ SOLVERS = {
     "automatic": SolverRow(None),
     "cholesky": SolverRow(ng.cholesky()),
     "woodbury": SolverRow(ng.woodbury()),
+    "qr": SolverRow(ng.qr()),
     "spectral": SolverRow(ng.spectral()),
     "cg": SolverRow(ng.cg(), tolerance=1e-6),
     "cg_diagonal": SolverRow(ng.cg(preconditioner=ng.diagonal()), tolerance=1e-6),

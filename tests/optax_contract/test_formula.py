@@ -149,7 +149,7 @@ def without(structure):
     return expected_direction("gauss_newton", structure, 0.1, *cases.arrays())[1]
 
 
-@pytest.mark.parametrize("solver", ["cholesky", "woodbury", "spectral", "cg"])
+@pytest.mark.parametrize("solver", ["cholesky", "qr", "woodbury", "spectral", "cg"])
 def test_exact_solvers_do_not_see_the_parametrisation(solver, x64):
     row = cases.SOLVERS[solver]
     tolerance = REPARAMETRISED * max(1, row.tolerance / EPS)

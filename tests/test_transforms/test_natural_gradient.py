@@ -104,3 +104,38 @@ def test_one_undamped_step_solves_linear_least_squares(x64):
         updates, _ = step(ng.natural_gradient(rate, metric, damping=0.0), params, grads, batch)
         error = np.max(np.abs(params + updates - expected))
         assert bool(error < 100 * EPS * np.linalg.cond(x.T @ x)) is lands
+
+
+APPROXIMATE = {
+    "kfac": lambda batch: ng.kfac(batch),
+    "ekfac": lambda batch: ng.ekfac(batch),
+    "diagonal": lambda batch: ng.diagonal(),
+}
+
+
+@pytest.mark.parametrize("metric", ["exact_fisher", "sampled_fisher"])
+@pytest.mark.parametrize("name", APPROXIMATE)
+def test_steps_of_an_approximation_are_bounded_unless_none_is_said(name, metric):
+    params, grads, batch = cases.arrays()
+    chosen, far = cases.METRICS[metric], jax.tree.map(lambda g: 100 * g, grads)
+
+    def moved(**options):
+        solver = APPROXIMATE[name](batch)
+        tx = ng.natural_gradient(1.0, chosen, solver=solver, damping=1e-4, **options)
+        updates, _ = step(tx, params, far, batch)
+        return (
+            float(ng.fisher_quadratic_form(cases.METRICS["exact_fisher"], params, batch, updates))
+            / 2
+        )
+
+    assert moved() == pytest.approx(0.1, rel=1e-4)
+    assert moved(max_kl=0.02) == pytest.approx(0.02, rel=1e-4)
+    assert moved(max_kl=None) > 10
+
+
+def test_steps_of_an_exact_solver_and_without_a_likelihood_are_not_bounded():
+    for metric, solver in (("exact_fisher", None), ("gauss_newton", ng.diagonal())):
+        tx = ng.natural_gradient(1.0, cases.METRICS[metric], solver=solver)
+        free = ng.natural_gradient(1.0, cases.METRICS[metric], solver=solver, max_kl=None)
+        like = jax.tree.structure(free.init(cases.PARAMS))
+        assert jax.tree.structure(tx.init(cases.PARAMS)) == like

@@ -24,7 +24,7 @@ Tree = Any
 
 
 class FreeScale(NamedTuple):
-    """Stands in a state, without leaves: an exact solver that scales entries, and no scale set."""
+    """Stands in a state, without leaves: an exact solver that scales entries."""
 
 
 class ScaleByNaturalGradientState(NamedTuple):
@@ -85,8 +85,8 @@ def scale_by_natural_gradient(
       An ``optax.GradientTransformationExtraArgs``, whose ``update(grads, state, params, *, batch)``
       needs the parameters and the keyword ``batch`` and is compiled also when called eagerly. Under
       ``optax.masked`` or ``optax.partition`` pass ``full_params=params`` as well. With
-      ``damping_scale=`` it takes s at every update, a tree like the parameters (as
-      :func:`levenberg_marquardt` gives it). With
+      ``damping_scale=`` it takes s, a tree like the parameters, at every update where none is set
+      here (as :func:`levenberg_marquardt` gives it). With
       ``refresh=True`` a solver that keeps inverses (`kfac`) makes all of them anew;
       ``geodesic_acceleration=True`` is explained at :func:`levenberg_marquardt`. Unknown keywords
       are ignored. The state is a :class:`ScaleByNaturalGradientState` with diagnostics in ``info``.
@@ -183,8 +183,8 @@ def scale_by_natural_gradient(
             _boundary.check_number(f"{name}: update()", "damping", damping)
         if damping_scale is not None and free_scale is None:
             raise ValueError(
-                f"{name}: update() got damping_scale, which goes with exact solvers that"
-                " scale entries, and without a damping_scale at construction"
+                f"{name}: update() got damping_scale, which goes with exact solvers that scale"
+                " entries"
             )
         if geodesic_acceleration:
             _acceleration.check(name, metric)
@@ -204,7 +204,7 @@ def scale_by_natural_gradient(
             at_count(momentum),
             state.velocity,
             full_params,
-            scale if damping_scale is None else damping_scale,
+            damping_scale if scale is None else scale,
         )
         like = (updates, state.solver, state.velocity, state.info)
         d, solver_state, velocity, info = _sharding.run(core, operands, like)

@@ -143,9 +143,8 @@ def scale_by_natural_gradient(
         _boundary.check_number(name, "momentum", momentum, schedule=True)
 
     default_damping = damping
-    free_scale = (
-        FreeScale() if scale is None and solve.scales_entries and not solve.approximates else None
-    )
+    scales_entries = solve.scales_entries and not solve.approximates
+    free_scale = FreeScale() if scales_entries else None
 
     def init_fn(params: Tree) -> ScaleByNaturalGradientState:
         if jax.tree.leaves(params):  # optax also asks with a placeholder, which is like nothing

@@ -150,7 +150,8 @@ def levenberg_marquardt(
       damping_scale: "largest_diagonal" for :math:`F + \lambda D` in place of
         :math:`F + \lambda I`, with D the largest diagonal of F seen (More), of which half is
         forgotten at every step: the units of single parameters then do not matter. It needs an
-        exact solver in ``inner`` that has no scale of its own. None for :math:`\lambda I`.
+        exact solver in ``inner``, whose own ``damping_scale`` holds where it has one. None for
+        :math:`\lambda I`.
         "automatic" takes it in a fit: residuals of at most 128 parameters, such a solver, and no
         damping given at all, first, lowest or largest, which would be in units of F.
       has_aux: whether ``value_fn`` returns a pair of the objective and auxiliary output.
@@ -252,7 +253,7 @@ def _check_scale(name: str, scaled: bool, params: Tree) -> None:
         raise ValueError(
             f"{name}: damping_scale='largest_diagonal' needs scale_by_natural_gradient or"
             " natural_gradient in `inner`, with an exact solver (cholesky(), woodbury(), cg(),"
-            " spectral() or None) and no damping_scale of their own"
+            " spectral() or None)"
         )
 
 

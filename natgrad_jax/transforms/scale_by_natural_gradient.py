@@ -26,7 +26,7 @@ Tree = Any
 
 
 class FreeScale(NamedTuple):
-    """Stands in a state, without leaves: an exact solver that scales entries, and no scale set."""
+    """Stands in a state, without leaves: an exact solver that scales entries."""
 
 
 class ScaleByNaturalGradientState(NamedTuple):
@@ -88,8 +88,8 @@ def scale_by_natural_gradient(
       An ``optax.GradientTransformationExtraArgs``, whose ``update(grads, state, params, *, batch)``
       needs the parameters and the keyword ``batch`` and is compiled also when called eagerly. Under
       ``optax.masked`` or ``optax.partition`` pass ``full_params=params`` as well. With
-      ``damping_scale=`` it takes s at every update, a tree like the parameters (as
-      :func:`levenberg_marquardt` gives it). With
+      ``damping_scale=`` it takes s, a tree like the parameters, at every update where none is set
+      here (as :func:`levenberg_marquardt` gives it). With
       ``refresh=True`` a solver that keeps inverses (`kfac`) makes all of them anew;
       ``geodesic_acceleration=True`` is explained at :func:`levenberg_marquardt`. Unknown keywords
       are ignored. The state is a :class:`ScaleByNaturalGradientState` with diagnostics in ``info``.
@@ -146,9 +146,8 @@ def scale_by_natural_gradient(
         _boundary.check_number(name, "momentum", momentum, schedule=True)
 
     default_damping = damping
-    free_scale = (
-        FreeScale() if scale is None and solve.scales_entries and not solve.approximates else None
-    )
+    scales_entries = solve.scales_entries and not solve.approximates
+    free_scale = FreeScale() if scales_entries else None
 
     def init_fn(params: Tree) -> ScaleByNaturalGradientState:
         _call.check_init(name, params)
@@ -194,8 +193,8 @@ def scale_by_natural_gradient(
             _boundary.check_number(f"{name}: update()", "damping", told.damping)
         if told.damping_scale is not None and free_scale is None:
             raise ValueError(
-                f"{name}: update() got damping_scale, which goes with exact solvers that"
-                " scale entries, and without a damping_scale at construction"
+                f"{name}: update() got damping_scale, which goes with exact solvers that scale"
+                " entries"
             )
         accelerated = bool(told.geodesic_acceleration)
         if accelerated:
@@ -216,7 +215,7 @@ def scale_by_natural_gradient(
             at_count(momentum),
             state.velocity,
             full_params,
-            scale if told.damping_scale is None else told.damping_scale,
+            told.damping_scale if scale is None else scale,
         )
         like = (updates, state.solver, state.velocity, state.info)
         d, solver_state, velocity, info = _sharding.run(core, operands, like)

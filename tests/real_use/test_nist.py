@@ -119,3 +119,30 @@ def test_after_convergence_nothing_moves_and_nothing_is_rejected():
         assert state.info.converged and not state.info.rejected and not np.any(updates)
         assert float(state.damping) <= damping
         damping = float(state.damping)
+
+
+def test_longley_in_its_own_units_has_its_certified_digits():
+    """Certified by NIST; from the raw data, whose columns differ by a factor of a million."""
+    data = pytest.importorskip("statsmodels.api").datasets.longley.load()
+    design = np.column_stack([np.ones(16), data.exog.to_numpy(float)])
+    batch = (design, data.endog.to_numpy(float))
+    certified = [-3482258.63459582, 15.0618722713733, -0.035819179292591]
+    certified += [-2.02022980381683, -1.03322686717359, -0.0511041056535807, 1829.15146461355]
+    errors = [890420.383607373, 84.9149257747669, 0.0334910077722432, 0.488399681651699]
+    errors += [0.214274163161675, 0.226073200069370, 455.478499142212]
+    residual = lambda p, batch: batch[0] @ p - batch[1]
+    loss = lambda p, batch: 0.5 * jnp.mean(residual(p, batch) ** 2)
+    metric = ng.gauss_newton(residual)
+    tx = ng.levenberg_marquardt(ng.natural_gradient(1.0, metric), metric)
+
+    def step(carry):
+        p, state = carry
+        grads = jax.grad(loss)(p, batch)
+        updates, state = tx.update(grads, state, p, batch=batch, value_fn=loss)
+        return optax.apply_updates(p, updates), state
+
+    going = lambda carry: ~carry[1].info.converged & (carry[1].count < 100)
+    p, _ = jax.jit(lambda p: jax.lax.while_loop(going, step, (p, tx.init(p))))(jnp.zeros(7))
+    assert digits(p, np.array(certified)) > 8
+    covariance = ng.asymptotic_covariance(metric, p, batch, 16, noise_variance="estimated")
+    assert digits(np.sqrt(np.diag(covariance)), np.array(errors)) > 8

@@ -25,7 +25,7 @@ from natgrad_jax.metrics import exact_fisher as exact_fisher
 from natgrad_jax.metrics import gauss_newton as gauss_newton
 from natgrad_jax.metrics import hessian as hessian
 from natgrad_jax.metrics import sampled_fisher as sampled_fisher
-from natgrad_jax.robust import robust_loss as robust_loss
+from natgrad_jax.metrics.robust import robust_loss as robust_loss
 
 # Pure functions of (metric, params, batch)
 from natgrad_jax.direction import NaturalGradientInfo as NaturalGradientInfo
@@ -37,7 +37,7 @@ from natgrad_jax.fisher import fisher_matrix as fisher_matrix
 from natgrad_jax.fisher import fisher_quadratic_form as fisher_quadratic_form
 from natgrad_jax.fisher import fisher_vector_product as fisher_vector_product
 from natgrad_jax.fisher import gram_matrix as gram_matrix
-from natgrad_jax.divergence import kl_divergence as kl_divergence
+from natgrad_jax.metrics.divergence import kl_divergence as kl_divergence
 from natgrad_jax.explanation import Explanation as Explanation
 from natgrad_jax.explanation import explain as explain
 from natgrad_jax.kronecker_approximation import KroneckerApproximation as KroneckerApproximation

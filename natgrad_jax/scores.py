@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from natgrad_jax import _boundary
 from natgrad_jax import _trees
 from natgrad_jax import examples
-from natgrad_jax import output_metrics
 from natgrad_jax.jacobian import Jacobian
 from natgrad_jax.jacobian import jacobian
+from natgrad_jax.metrics import output_metrics
 
 Tree = Any
 LogProb = Callable[[Tree, Tree], jax.Array]

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from natgrad_jax import _trees
-from natgrad_jax import output_metrics
-from natgrad_jax.output_metrics import OutputMetric
+from natgrad_jax.metrics import output_metrics
+from natgrad_jax.metrics.output_metrics import OutputMetric
 
 Tree = Any
 

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 
 from natgrad_jax import _boundary
-from natgrad_jax import _mean_kl
 from natgrad_jax import examples
 from natgrad_jax.likelihoods import Likelihood
+from natgrad_jax.metrics import mean_kl
 
 Tree = Any
 
@@ -68,4 +68,4 @@ def kl_divergence(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _kl(model, likelihood, weights, groups, params_p: Tree, params_q: Tree, batch: Tree):
     outputs = model(params_p, batch), model(params_q, batch)
-    return _mean_kl.mean_kl("kl_divergence", likelihood, weights, groups, *outputs, batch)
+    return mean_kl.mean_kl("kl_divergence", likelihood, weights, groups, *outputs, batch)

@@ -7,8 +7,8 @@ import jax
 
 from natgrad_jax import _records
 from natgrad_jax.direction import NaturalGradientInfo
+from natgrad_jax.transforms._controlled import LevenbergMarquardtInfo
 from natgrad_jax.transforms._distance import KLInfo
-from natgrad_jax.transforms.levenberg_marquardt import LevenbergMarquardtInfo
 from natgrad_jax.transforms.scale_by_kl_line_search import KLLineSearchInfo
 from natgrad_jax.transforms.scale_by_quadratic_model import QuadraticModelInfo
 

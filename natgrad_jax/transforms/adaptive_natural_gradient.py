@@ -9,7 +9,7 @@ from natgrad_jax import _boundary
 from natgrad_jax.metrics import Metric
 from natgrad_jax.solvers._solver import Solver
 from natgrad_jax.transforms import _damped
-from natgrad_jax.transforms.levenberg_marquardt import controlled
+from natgrad_jax.transforms._controlled import controlled
 from natgrad_jax.transforms.scale_by_natural_gradient import scale_by_natural_gradient
 from natgrad_jax.transforms.scale_by_quadratic_model import scale_by_quadratic_model
 

@@ -23,13 +23,13 @@ class Accelerated(NamedTuple):
     Attributes:
       direction: d + a / 2, where a is short beside d; d otherwise.
       share: ||a|| / ||d||, in units of the damping scale.
-      foretold: g^T d - d^T F d / 2, the decrease that the quadratic model predicts for the step -d
-        alone: of the acceleration it knows nothing.
+      predicted_decrease: g^T d - d^T F d / 2, what the quadratic model predicts for the step -d,
+        without the acceleration.
     """
 
     direction: Tree
     share: jax.Array
-    foretold: jax.Array
+    predicted_decrease: jax.Array
 
 
 def check(caller: str, metric: Metric) -> None:

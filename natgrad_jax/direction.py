@@ -45,8 +45,8 @@ class NaturalGradientInfo(NamedTuple):
       negative_curvature: whether conjugate gradients stopped at negative curvature.
       acceleration: the length of the geodesic acceleration beside that of the direction, in units
         of the damping scale; -1 without.
-      foretold: the decrease that the quadratic model predicts for a step of rate 1 without that
-        acceleration; -1 without.
+      predicted_decrease: the decrease that the quadratic model predicts for a step of rate 1
+        without that acceleration; -1 without.
     """
 
     damping: jax.Array
@@ -57,7 +57,7 @@ class NaturalGradientInfo(NamedTuple):
     eigen_taken: jax.Array
     negative_curvature: jax.Array
     acceleration: jax.Array
-    foretold: jax.Array
+    predicted_decrease: jax.Array
 
     def __repr__(self) -> str:
         return _records.line(self)
@@ -225,18 +225,20 @@ def compiled_direction(
     if velocity is not None:
         d = velocity = _trees.add_scaled(d, jnp.ones((), dtype), carried)
         slope = None
-    share = foretold = jnp.asarray(NOT_MEASURED)
+    share = predicted_decrease = jnp.asarray(NOT_MEASURED)
     if accelerated:
         entries = _damping_scale.entries_of(damping_scale, params, dtype)
         again = lambda v: solve(v, state)[0]
-        d, share, foretold = _acceleration.accelerated(metric, params, batch, g, d, entries, again)
+        d, share, predicted_decrease = _acceleration.accelerated(
+            metric, params, batch, g, d, entries, again
+        )
         slope = None
     slope = _trees.vdot(g, d, dtype) if slope is None else slope
     return (
         _trees.cast_like(d, grads),
         state,
         velocity,
-        _info(report, damping, slope, share, foretold),
+        _info(report, damping, slope, share, predicted_decrease),
     )
 
 
@@ -245,9 +247,9 @@ def _info(
     damping: jax.Array,
     slope: jax.Array,
     share: jax.Array,
-    foretold: jax.Array,
+    predicted_decrease: jax.Array,
 ) -> NaturalGradientInfo:
     real = lambda x: x.astype(jnp.float32)
     measured = report._asdict() | {"grad_dot_direction": real(slope), "acceleration": real(share)}
-    measured["foretold"] = real(foretold)
+    measured["predicted_decrease"] = real(predicted_decrease)
     return NaturalGradientInfo(damping=real(damping), **measured)

@@ -35,8 +35,9 @@ class LevenbergMarquardtInfo(NamedTuple):
       rejected: whether the step was replaced by zero because it made things worse.
       converged: whether nothing is left to gain: for three steps in a row what was predicted and
         what came of it was rounding of the objective, and the prediction is below eps^(5/4) of it
-        (or this went on for thirty steps). Such steps are left out without counting as rejected,
-        and the damping does not grow: parameters stay where they are.
+        (or this went on for thirty steps), or the steps themselves were rounding of the parameters.
+        Such steps neither count as rejected nor raise the damping. They are taken, as the gradient
+        may know more digits than the objective shows, unless they raise it by more than rounding.
     """
 
     damping: jax.Array
@@ -109,12 +110,12 @@ def controlled(
     *,
     has_aux: bool,
     plan: Callable[[Tree, Any], Plan] = _unscaled,
-    foretold: Callable[[Any], jax.Array] | None = None,
+    predicted_decrease: Callable[[Any], jax.Array] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The wrapper itself.
 
-    `foretold` reads the predicted decrease off the inner state, where that has it; a Jacobian
-    product is saved.
+    `predicted_decrease` reads it off the inner state, where that has it; a Jacobian product is
+    saved.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -164,14 +165,16 @@ def controlled(
         step, inner_state = inner.update(updates, state.inner, params, batch=batch, **extra)
         _damped.check_downhill(name, inner.update, grad, step)
         there = at(optax.apply_updates(params, step)).astype(value.dtype)
-        if foretold is None:
+        if predicted_decrease is None:
             core = functools.partial(_reduction.predicted, metric)
             hidden = _told.hidden(params, full_params, value_fn)
             operands = (grad, step, params, batch, hidden)
             predicted = _sharding.run(core, operands, state.damping)
         else:
-            predicted = foretold(inner_state)
-        tried = _tried(planned, value, there, predicted, inner_state, seen)
+            predicted = predicted_decrease(inner_state)
+        uphill = _trees.vdot(grad, step, _trees.work_dtype(params)) > 0
+        tried = _tried(planned, value, there, predicted, inner_state, seen, uphill)
+        tried = tried._replace(still=_reduction.is_still(step, params))
         new, kept = _judged(settings, planned, state, tried)
         step = jax.tree.map(lambda u: jnp.where(kept, u, jnp.zeros_like(u)), step)
         largest = state.largest if seen is None else seen.largest
@@ -182,9 +185,10 @@ def controlled(
 
 
 class _Step(NamedTuple):
-    """A step that was tried: the objective before and after it, and what was foretold.
+    """A step that was tried: the objective before and after it, and the predicted decrease.
 
-    `bent` says that the model bends too much along it, `size` is that of `Seen`.
+    `bent` says that the model bends too much along it, `size` is that of `Seen`, `still` that every
+    entry of the step is rounding beside its parameter.
     """
 
     value: jax.Array
@@ -192,6 +196,7 @@ class _Step(NamedTuple):
     predicted: jax.Array
     bent: jax.Array
     size: jax.Array
+    still: jax.Array
 
 
 def _tried(
@@ -201,22 +206,23 @@ def _tried(
     predicted: jax.Array,
     inner_state: Any,
     seen: _largest_diagonal.Seen | None,
+    uphill: jax.Array,
 ) -> _Step:
     """Reads off the inner state what the acceleration was like.
 
     The quadratic model knows nothing of an acceleration: what it predicts of the direction alone is
-    what the accelerated step comes closer to.
+    what the accelerated step comes closer to, unless the sign of the step is wrong.
     """
     predicted, bent = predicted.astype(value.dtype), jnp.zeros((), jnp.bool_)
     found = _damped.readers(inner_state, "geodesic_acceleration") if planned.accelerated else []
     for state in found:
         bent |= ~(state.info.acceleration <= _acceleration.LONGEST)
     if len(found) == 1:
-        alone = found[0].info.foretold.astype(value.dtype)
-        usable = jnp.isfinite(alone) & (alone > float(jnp.finfo(jnp.float32).tiny))
+        alone = found[0].info.predicted_decrease.astype(value.dtype)
+        usable = ~uphill & jnp.isfinite(alone) & (alone > float(jnp.finfo(jnp.float32).tiny))
         predicted = jnp.where(usable, alone, predicted)
     size = jnp.zeros((), value.dtype) if seen is None else seen.size.astype(value.dtype)
-    return _Step(value, there, predicted, bent, size)
+    return _Step(value, there, predicted, bent, size, jnp.zeros((), jnp.bool_))
 
 
 def _start(
@@ -238,10 +244,10 @@ def _judged(
     decrease = value - step.there
     noise = _reduction.rounding(value, step.size)
     slack = 1.0 if planned.scaled else _SLACK
-    is_quiet = _reduction.quiet(decrease, predicted, noise, slack=slack)
+    is_quiet = _reduction.quiet(decrease, predicted, noise, slack=slack) | step.still
     ratio = _reduction.ratio(decrease, predicted, noise, is_quiet)
     quiet = jnp.where(is_quiet, optax.safe_increment(state.quiet), 0)
-    tiny = predicted <= _reduction.negligible(value, step.size)
+    tiny = (predicted <= _reduction.negligible(value, step.size)) | step.still
     converged = ((quiet >= _QUIET) & tiny) | (quiet >= _LONG_QUIET)
     may_reject = jnp.asarray(settings.reject).astype(jnp.bool_)
     worse = ~(step.there <= value)  # True for NaN, too
@@ -265,5 +271,5 @@ def _judged(
         quiet,
         state.largest,
     )
-    out = converged | ~(step.there <= value + jnp.where(is_quiet, noise, 0))
+    out = ~(step.there <= value + jnp.where(is_quiet, noise, 0))
     return new, ~(may_reject & out)

@@ -1,4 +1,4 @@
-"""How well the quadratic model of the objective foretells a step, and the damping that follows."""
+"""How well the quadratic model of the objective predicts a step, and the damping that follows."""
 
 import functools
 from typing import Any
@@ -79,3 +79,9 @@ def ratio(
 def quiet(actual: jax.Array, predicted: jax.Array, noise: jax.Array, *, slack: float) -> jax.Array:
     """Whether both changes are rounding, the actual one up to `slack` times what is known of it."""
     return (jnp.abs(actual) <= slack * noise) & (jnp.abs(predicted) <= noise)
+
+
+def is_still(step: Tree, params: Tree) -> jax.Array:
+    """Whether every entry of a step is within rounding of its parameter."""
+    within = lambda u, p: jnp.all(jnp.abs(u) <= jnp.finfo(p.dtype).eps * jnp.abs(p).astype(u.dtype))
+    return jnp.all(jnp.asarray(jax.tree.leaves(jax.tree.map(within, step, params))))

@@ -46,7 +46,7 @@ def adaptive_natural_gradient(
     with :func:`scale_by_natural_gradient`, :func:`scale_by_quadratic_model` and
     :func:`levenberg_marquardt`: learning rate :math:`\alpha` and momentum :math:`\mu` minimise the
     local quadratic model at every step, the damping :math:`\lambda` follows how well that model
-    foretells the objective, and a step that makes the objective of its batch worse is not taken.
+    predicts the objective, and a step that makes the objective of its batch worse is not taken.
 
     Args:
       metric: the metric F. The quadratic model takes the exact Fisher matrix of its model and
@@ -121,5 +121,7 @@ def adaptive_natural_gradient(
         scale_by_quadratic_model(metric, examples=model_examples),
         optax.scale(-1.0),
     )
-    foretold = lambda state: state[1].info.predicted
-    return controlled(name, inner, metric, settings, has_aux=has_aux, foretold=foretold)
+    predicted_decrease = lambda state: state[1].info.predicted
+    return controlled(
+        name, inner, metric, settings, has_aux=has_aux, predicted_decrease=predicted_decrease
+    )

@@ -1,4 +1,4 @@
-"""Damping that follows how well the quadratic model foretells the objective."""
+"""Damping that follows how well the quadratic model predicts the objective."""
 
 from typing import Any
 
@@ -124,7 +124,7 @@ def levenberg_marquardt(
       One evaluation of the objective and one Jacobian product a step; with a damping scale the
       diagonal of F besides, with acceleration two more Jacobian products. The ratio is that of one
       batch: where batches are small and it is noisy, ``every=5, factor=1.5`` follow it slowly.
-      A change that is rounding of the objective counts as foretold. Rounding is 10 eps of the
+      A change that is rounding of the objective counts as predicted. Rounding is 10 eps of the
       objective; with a damping scale it includes what is lost where residuals are small
       differences, which the size of :math:`\theta` in units of D tells.
 

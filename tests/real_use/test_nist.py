@@ -107,7 +107,7 @@ def test_standard_errors_of_curve_fit_by_name_of_the_noise():
         np.testing.assert_allclose(covariance, expected, rtol=1e-6)
 
 
-def test_after_convergence_nothing_moves_and_nothing_is_rejected():
+def test_after_convergence_only_rounding_moves_and_nothing_is_rejected():
     problem = PROBLEMS["Misra1a"]
     tx, _ = transformation("Misra1a")
     b, state = fitted("Misra1a", 1)
@@ -116,7 +116,8 @@ def test_after_convergence_nothing_moves_and_nothing_is_rejected():
     for _ in range(20):
         grads = jax.grad(loss)(b, problem.batch)
         updates, state = tx.update(grads, state, b, batch=problem.batch, value_fn=loss)
-        assert state.info.converged and not state.info.rejected and not np.any(updates)
+        assert state.info.converged and not state.info.rejected
+        assert np.all(np.abs(updates) <= 1e-12 * np.abs(b))
         assert float(state.damping) <= damping
         damping = float(state.damping)
 

@@ -183,9 +183,7 @@ def factorize(
     return Factor(solve, needed, damping + more, shifted)
 
 
-def _upper_factor(
-    matrix: jax.Array, damping: jax.Array, unit: jax.typing.ArrayLike
-) -> jax.Array:
+def _upper_factor(matrix: jax.Array, damping: jax.Array, unit: jax.typing.ArrayLike) -> jax.Array:
     damped = matrix / unit + damping * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
     # LAPACK's order is column-major: of a symmetric matrix it can have the transpose as it is, and
     # the transpose of its factor crosses loops and branches, all row-major, without a copy.

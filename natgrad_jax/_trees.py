@@ -37,6 +37,18 @@ def cast_like(tree: Tree, like: Tree) -> Tree:
     return jax.tree.map(leaf, tree, like)
 
 
+def narrowed(tree: Tree, like: Tree, dtype: jnp.dtype) -> tuple[Tree, jax.typing.ArrayLike]:
+    """`cast_like`, and a power of two by which the result is to be multiplied.
+
+    It is one unless some dtype has less range than `dtype`: float16 ends at 65504 and 6e-8.
+    """
+    narrow = any(jnp.finfo(x.dtype).maxexp < jnp.finfo(dtype).maxexp for x in jax.tree.leaves(like))
+    if not narrow:
+        return cast_like(tree, like), 1
+    unit, power = normalised(cast(tree, dtype), dtype)
+    return cast_like(unit, like), power
+
+
 def size(tree: Tree) -> int:
     """The number of scalars in a tree, P for parameters."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

@@ -81,7 +81,6 @@ def apply_gains(
     The spectrum is that of R R^T / unit^2, in which no square over- or underflows.
     `refine` where the gains are those of the inverse: a second application, to the residual.
     """
-
     scaled = in_units(rows, unit)
 
     def apply(g: Tree) -> tuple[Tree, Tree]:

@@ -154,7 +154,10 @@ def _sample_space(here: Curvature, damping: jax.Array, *, decompose: bool) -> _S
         decompose=decompose,
         unit=unit * unit,
     )
-    root = _trees.power_of_two(jnp.sqrt(damping))
+    # No less than lets errors of 1e-4 be seen when squared.
+    least = 1e4 * float(jnp.finfo(here.dtype).tiny) ** 0.5
+    root = _trees.power_of_two(jnp.maximum(jnp.sqrt(damping), least))
+    root = jnp.where(damping > 0, root, 1)
     rows = _row_space.in_units(rows, unit)
     return _SampleSpace(rows, unit, gram, norm, damping, root, factor)
 
@@ -236,7 +239,7 @@ def _round(space: _SampleSpace, s: _Round) -> _Round:
     pushed = space.pushed(z)
     # The formula has R d = z + left / damping.
     missing = jnp.where(first, (y - pushed - damping * z) / scale, wrong)
-    error = _length(space, missing) / space.root
+    error = _root(jnp.dot(missing, space.pushed(missing))) / space.root
     idle = jnp.where(error < s.lowest, 0, s.idle + 1)
     # Of many small corrections the last does not lower the error by much: told is what is left.
     reached = space.factor.shifted & (error <= 10 * jnp.finfo(y.dtype).eps * s.g_norm)
@@ -292,12 +295,6 @@ def _step_length(damping: jax.Array, r: jax.Array, p: jax.Array, back: Tree) -> 
     curvature = _trees.vdot(back, back, p.dtype) + damping * jnp.dot(p, p)
     usable = curvature > 0
     return jnp.where(usable, jnp.dot(r, p) / jnp.where(usable, curvature, 1), 1)
-
-
-def _length(space: _SampleSpace, x: jax.Array) -> jax.Array:
-    """||R^T x||, also where its square over- or underflows."""
-    unit, size = _trees.normalised(x, x.dtype)
-    return size * _root(jnp.dot(unit, space.pushed(unit)))
 
 
 def _slope(space: _SampleSpace, end: _Round) -> jax.Array:

@@ -72,6 +72,8 @@ def factorize(rows: jax.Array, damping: jax.Array, *, equilibrate: bool) -> Fact
     stacked = jnp.concatenate([rows, jnp.sqrt(damping) * jnp.eye(n, dtype=dtype)])
     upper = _looped_triangle(stacked)[0]
     longest = jnp.where(longest == 0, 1, longest)
+    # Without lengths of their own all columns are as the longest.
+    invert = _looped_inverse_root if equilibrate else _looped_inverse_root_of_equal
     known = (lengths > cut(n, dtype) * longest) if equilibrate else jnp.zeros((n,), jnp.bool_)
     lengths = jnp.where(known, lengths, longest)
     scaled = upper / lengths[None]
@@ -81,7 +83,7 @@ def factorize(rows: jax.Array, damping: jax.Array, *, equilibrate: bool) -> Fact
     needed = (damping <= 0) & ~(condition * cut(n, dtype) < 1)
 
     def run(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return jnp.asarray(False), _looped_inverse_root(scaled, lengths)[0]
+        return jnp.asarray(False), invert(scaled, lengths)[0]
 
     start = (needed, inverse.T / lengths[None])
     _, root = jax.lax.while_loop(lambda c: c[0], run, start)
@@ -103,27 +105,40 @@ def outside(basis: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     return modes + more, left - matvec(basis, more)
 
 
+def _inverse_values(triangle: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Inverse singular values, 0 for null ones, which of them are kept, and right vectors."""
+    n, dtype = triangle.shape[0], triangle.dtype
+    _, s, right = jnp.linalg.svd(triangle)
+    kept = s > cut(n, dtype) * jnp.max(s, initial=0)
+    inverse = jnp.where(kept, 1 / jnp.where(kept, s, 1), 0)
+    return inverse, kept, right
+
+
 def _inverse_root(scaled: jax.Array, lengths: jax.Array) -> tuple[jax.Array]:
     """H with (L^T L)^+ = H^T H, by the singular values of `scaled`, S = L diag(lengths)^-1.
 
     With S = U diag(s) W^T the range of L^T is that of B = diag(lengths) W over the modes kept, and
     with orthogonal factors B = Q T the pseudo-inverse of L^T L is Q T^-T diag(s)^-2 T^-1 Q^T.
     """
-    n, dtype = scaled.shape[0], scaled.dtype
-    _, s, right = jnp.linalg.svd(scaled)
-    kept = s > cut(n, dtype) * jnp.max(s, initial=0)
-    inverse = jnp.where(kept, 1 / jnp.where(kept, s, 1), 0)
+    inverse, kept, right = _inverse_values(scaled)
     span = jnp.where(kept[None], right.T * lengths[:, None], 0)
     basis, triangle = jnp.linalg.qr(span)
     basis = jnp.where(kept[None], basis, 0)
-    triangle = triangle + jnp.diag(jnp.where(kept, jnp.zeros((), dtype), 1))
+    triangle = triangle + jnp.diag(jnp.where(kept, jnp.zeros((), span.dtype), 1))
     root = inverse[:, None] * jax.scipy.linalg.solve_triangular(triangle, basis.T)
     # With all modes kept B is square, and its inverse known.
     direct = inverse[:, None] * right / lengths[None]
     return (jnp.where(jnp.all(kept), direct, root),)
 
 
+def _inverse_root_of_equal(scaled: jax.Array, lengths: jax.Array) -> tuple[jax.Array]:
+    """The same where all lengths are one number: no second factorisation, to run or compile."""
+    inverse, _, right = _inverse_values(scaled)
+    return (inverse[:, None] * right / lengths[None],)
+
+
 _looped_inverse_root = lane_by_lane(_inverse_root)
+_looped_inverse_root_of_equal = lane_by_lane(_inverse_root_of_equal)
 
 
 def reduced(rows: jax.Array) -> tuple[jax.Array, jax.Array]:

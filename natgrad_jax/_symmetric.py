@@ -119,8 +119,9 @@ def factorize(
     in_range: bool = False,
     shift: jax.Array | None = None,
     decompose: bool = True,
+    unit: jax.Array | float = 1.0,
 ) -> Factor:
-    """Prepares solves with A + damping I.
+    """Prepares solves with A / unit + damping I.
 
     Cholesky for damping > 0; the eigendecomposition for damping 0, and where the Cholesky factor is
     not finite or its smallest squared pivot is <= eps times the largest: a singular factor often
@@ -136,19 +137,21 @@ def factorize(
         for those who iterate with the factor as a preconditioner.
       decompose: False where the caller has another way than the eigendecomposition, and takes it
         where `eigen_taken` tells that this were needed.
+      unit: a power of two, divided by where A is read: no array of that size is made for it. All
+        else is in units of it.
 
     Returns:
       A :class:`Factor`.
     """
     n, dtype = matrix.shape[0], matrix.dtype
-    upper = _upper_factor(matrix, damping)
+    upper = _upper_factor(matrix, damping, unit)
     unsound = ~_is_sound(upper, floor)
     shifted = jnp.asarray(False)
     if shift is not None:
         tried = unsound & (damping > 0)
 
         def once_more(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            return jnp.asarray(False), _looped_upper_factor(matrix, damping + shift)[0]
+            return jnp.asarray(False), _looped_upper_factor(matrix, damping + shift, unit)[0]
 
         _, upper = jax.lax.while_loop(lambda c: c[0], once_more, (tried, upper))
         shifted = tried & _is_sound(upper, 0.0)
@@ -161,7 +164,7 @@ def factorize(
         return Factor(solve, needed, damping + more, shifted)
 
     def run(carry: tuple[jax.Array, Eigen]) -> tuple[jax.Array, Eigen]:
-        return jnp.asarray(False), eigen(matrix, definite=definite, looped=True)
+        return jnp.asarray(False), eigen(matrix / unit, definite=definite, looped=True)
 
     # One matrix to keep: the triangular factor, or the eigenvectors that take its place.
     start = Eigen(jnp.zeros((n,), dtype), upper)
@@ -180,14 +183,14 @@ def factorize(
     return Factor(solve, needed, damping + more, shifted)
 
 
-def _upper_factor(matrix: jax.Array, damping: jax.Array) -> jax.Array:
-    damped = matrix + damping * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+def _upper_factor(matrix: jax.Array, damping: jax.Array, unit: jax.typing.ArrayLike) -> jax.Array:
+    damped = matrix / unit + damping * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
     # LAPACK's order is column-major: of a symmetric matrix it can have the transpose as it is, and
     # the transpose of its factor crosses loops and branches, all row-major, without a copy.
     return jax.lax.linalg.cholesky(damped.T, symmetrize_input=False).T
 
 
-_looped_upper_factor = lane_by_lane(lambda matrix, damping: (_upper_factor(matrix, damping),))
+_looped_upper_factor = lane_by_lane(lambda *operands: (_upper_factor(*operands),))
 
 
 def _is_sound(upper: jax.Array, floor: jax.Array | float) -> jax.Array:

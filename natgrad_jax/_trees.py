@@ -37,6 +37,18 @@ def cast_like(tree: Tree, like: Tree) -> Tree:
     return jax.tree.map(leaf, tree, like)
 
 
+def narrowed(tree: Tree, like: Tree, dtype: jnp.dtype) -> tuple[Tree, jax.typing.ArrayLike]:
+    """`cast_like`, and a power of two by which the result is to be multiplied.
+
+    It is one unless some dtype has less range than `dtype`: float16 ends at 65504 and 6e-8.
+    """
+    narrow = any(jnp.finfo(x.dtype).maxexp < jnp.finfo(dtype).maxexp for x in jax.tree.leaves(like))
+    if not narrow:
+        return cast_like(tree, like), 1
+    unit, power = normalised(cast(tree, dtype), dtype)
+    return cast_like(unit, like), power
+
+
 def size(tree: Tree) -> int:
     """The number of scalars in a tree, P for parameters."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
@@ -112,15 +124,20 @@ def normalised(tree: Tree, dtype: jnp.dtype) -> tuple[Tree, jax.Array]:
     NaN and infinity stay what they are, and make the power NaN.
     """
     largest = max_abs(tree, dtype)
-    info = jnp.finfo(dtype)
-    usable = (largest >= info.tiny) & (largest <= info.max)
+    size = power_of_two(largest)
+    unit = jax.tree.map(lambda x: x / size, tree)
+    return unit, jnp.where(jnp.isfinite(largest), size, jnp.nan)
+
+
+def power_of_two(x: jax.Array) -> jax.Array:
+    """The largest power of two at most x >= 0; the smallest one for less, 1 for 0 and no number."""
+    info = jnp.finfo(x.dtype)
+    usable = (x >= info.tiny) & (x <= info.max)
     # The exponent bits alone are the power. (`frexp` and `ldexp` are forty operations, which XLA
     # would copy into the kernel of every leaf.)
     kind = jnp.dtype(f"int{info.bits}")
-    bits = jax.lax.bitcast_convert_type(jnp.where(usable, largest, 1), kind)
+    bits = jax.lax.bitcast_convert_type(jnp.where(usable, x, 1), kind)
     mask = (2 ** (info.bits - 1) - 1) - (2**info.nmant - 1)
-    power = jax.lax.bitcast_convert_type(bits & jnp.asarray(mask, kind), dtype)
-    small = (largest > 0) & (largest < 1)
-    size = jnp.where(usable, power, jnp.where(small, info.tiny, 1)).astype(dtype)
-    unit = jax.tree.map(lambda x: x / size, tree)
-    return unit, jnp.where(jnp.isfinite(largest), size, jnp.nan)
+    power = jax.lax.bitcast_convert_type(bits & jnp.asarray(mask, kind), x.dtype)
+    small = (x > 0) & (x < 1)
+    return jnp.where(usable, power, jnp.where(small, info.tiny, 1)).astype(x.dtype)

@@ -80,8 +80,10 @@ def curvature(metric: Metric, params: Tree, batch: Tree, key: jax.Array | None) 
         product = output_metric(outputs).product
 
         def fisher_product(v: Tree) -> Tree:
-            cotangent = product(push(_trees.cast_like(v, params)))
-            return _trees.cast(pull(_trees.cast_like(cotangent, outputs)), dtype)
+            v, above = _trees.narrowed(v, params, dtype)
+            cotangent, below = _trees.narrowed(product(push(v)), outputs, dtype)
+            found = _trees.cast(pull(cotangent), dtype)
+            return jax.tree.map(lambda x: x * above * below, found)
 
         return fisher_product
 
@@ -196,4 +198,9 @@ def _hessian_product(metric: Metric, params: Tree, batch: Tree, dtype: jnp.dtype
     if len(jax.tree.leaves(value)) != 1 or jax.tree.leaves(value)[0].shape != ():
         raise ValueError(f"{metric.name}: loss(params, batch) must return a scalar, got {value}")
     _, product = jax.linearize(jax.grad(lambda p: metric.outputs(p, batch)), params)
-    return lambda v: _trees.cast(product(_trees.cast_like(v, params)), dtype)
+
+    def hessian_product(v: Tree) -> Tree:
+        v, above = _trees.narrowed(v, params, dtype)
+        return jax.tree.map(lambda x: x * above, _trees.cast(product(v), dtype))
+
+    return hessian_product

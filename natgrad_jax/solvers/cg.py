@@ -1,6 +1,5 @@
 """Conjugate gradients: the matrix-free solver."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -134,26 +133,32 @@ def cg(
         product = lambda v: _trees.add_scaled(fisher_product(v), damping, v)
         precondition, inner_state = _preconditioner(preconditioner, here, damping, state)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, here.dtype), here.params)
-        run_from = functools.partial(
-            iterate, product, precondition, damping, tol=tol, limit=max_iterations
-        )
+        over = lambda v, size: jax.tree.map(lambda v: v / size, v)
 
-        def project(g: Tree) -> Tree:
-            """The part of g in the range of F with damping 0, g itself otherwise."""
+        def run_from(size: jax.Array, g: Tree, x: Tree, ax: Tree) -> _Iterate:
+            """Solves with (F + damping I) / size: of a small F squares of residuals underflow."""
+            scaled = lambda v: over(product(v), size)
+            options = {"tol": tol, "limit": max_iterations}
+            return iterate(scaled, precondition, damping / size, g, x, ax, **options)
 
-            def run(carry: tuple[jax.Array, Tree]) -> tuple[jax.Array, Tree]:
-                # The projection is linear in its right-hand side, which may be as small as F.
+        def project(g: Tree) -> tuple[Tree, jax.Array]:
+            """The part of g in the range of F with damping 0, g itself otherwise; the size of F."""
+
+            def run(carry: tuple[jax.Array, Tree, jax.Array]) -> tuple[jax.Array, Tree, jax.Array]:
                 unit, size = _trees.normalised(fisher_product(carry[1]), here.dtype)
-                return jnp.asarray(False), _trees.scale(run_from(unit, zeros, zeros).best, size)
+                return jnp.asarray(False), run_from(size, unit, zeros, zeros).best, size
 
-            return jax.lax.while_loop(lambda c: c[0], run, (damping <= 0, g))[1]
+            start = (damping <= 0, g, jnp.ones((), here.dtype))
+            return jax.lax.while_loop(lambda c: c[0], run, start)[1:]
 
         def solve(g: Tree, state: CGState) -> tuple[Tree, CGState, Report]:
-            target = project(g)
+            target, size = project(g)
             x, ax = zeros, zeros
             if warm_start:
                 x, ax = _rescaled(state.previous, product(state.previous), target, damping, here)
-            last = run_from(target, x, ax)
+            # Without damping the start is 0, whatever the size.
+            last = run_from(size, target, x, ax)
+            last = last._replace(best=over(last.best, size))
             squared = lambda v: _trees.vdot(v, v, here.dtype)
             unseen = _outside_share(here, damping, target, x, ax, last, state.previous)
             # With damping 0 what the projection took away, orthogonal to the rest, counts too.

@@ -84,10 +84,11 @@ def _in_parameter_space(here: Curvature, damping: jax.Array, gains: Gain) -> Sol
         g = _trees.ravel(gradient)
         modes = gain * _symmetric.matvec(vectors.T, g)
         d = _symmetric.matvec(vectors, modes)
-        outside = jnp.sum(jnp.where(values == 0, modes, 0) ** 2)
+        share, _ = _trees.normalised(modes, modes.dtype)
+        inside = jnp.sum(jnp.where(values == 0, 0, share) ** 2)
         outcome = _solver.report(
             relative_residual=_solver.relative(g - _symmetric.matvec(matrix, d) - damping * d, g),
-            outside_row_space=_solver.outside_share(jnp.sum(modes**2) - outside, jnp.sum(modes**2)),
+            outside_row_space=_solver.outside_share(inside, jnp.sum(share**2)),
             eigen_taken=True,
         )
         return _trees.unravel(d, here.params), state, outcome
@@ -97,13 +98,15 @@ def _in_parameter_space(here: Curvature, damping: jax.Array, gains: Gain) -> Sol
 
 def _in_sample_space(here: Curvature, damping: jax.Array, gains: Gain, *, inverse: bool) -> Solve:
     rows = here.jacobian()
-    spectrum = _symmetric.eigen(rows.gram(), definite=True)
+    gram = rows.gram()
+    unit = _row_space.unit_of(gram)
+    spectrum = _symmetric.eigen(gram / (unit * unit), definite=True)
     null_gain = gains(jnp.zeros((1,), here.dtype), damping)[0]
-    gain = gains(spectrum.values, damping)
+    gain = gains(spectrum.values * (unit * unit), damping)
 
     def solve(g: Tree, state: tuple[()]) -> tuple[Tree, tuple[()], Report]:
         d, outcome = _row_space.apply_gains(
-            here, rows, spectrum, gain, null_gain, damping, g, refine=inverse
+            here, rows, unit, spectrum, gain, null_gain, damping, g, refine=inverse
         )
         return d, state, outcome
 

@@ -9,6 +9,7 @@ from natgrad_jax import _symmetric
 from natgrad_jax import _trees
 from natgrad_jax.curvature import Curvature
 from natgrad_jax.jacobian import Jacobian
+from natgrad_jax.solvers import _row_space
 from natgrad_jax.solvers import _solver
 from natgrad_jax.solvers._solver import Report
 from natgrad_jax.solvers._solver import Solve
@@ -94,10 +95,10 @@ def sample_space(*, decompose: bool) -> Solver:
                     _inside_squared(space, end.w), end.d_squared
                 ),
                 eigen_taken=space.factor.eigen_taken,
-                # g^T d = d^T (F + damping I) d, with R d = w: a sum of squares.
-                grad_dot_direction=jnp.dot(end.w, end.w) + damping * end.d_squared,
+                grad_dot_direction=_slope(space, end),
             )
-            return end.d, state, outcome
+            in_units = space.root * space.unit * space.unit
+            return jax.tree.map(lambda d: d / in_units, end.d), state, outcome
 
         return solve, state
 
@@ -105,30 +106,60 @@ def sample_space(*, decompose: bool) -> Solver:
 
 
 class _SampleSpace(NamedTuple):
-    """R, K = R R^T, and a factor of K + damping I that drops the null space of K if it is met."""
+    """R, K = R R^T and damping in units in which they are at most of order one.
+
+    Attributes:
+      rows: R.
+      unit: of R, a power of two: in what follows R stands for R / unit, K for K / unit^2, the
+        damping for damping / unit^2.
+      gram: K, not yet divided.
+      norm: of K.
+      damping: scalar.
+      root: a power of two near its root, 1 for damping 0.
+      factor: of K + damping I; it drops the null space of K if it is met.
+    """
 
     rows: Jacobian
+    unit: jax.Array
     gram: jax.Array
     norm: jax.Array
     damping: jax.Array
+    root: jax.Array
     factor: _symmetric.Factor
+
+    def pushed(self, x: jax.Array) -> jax.Array:
+        """K x. Vectors are scaled, not matrices: that would take a pass over them."""
+        return _symmetric.matvec(self.gram, x / self.unit) / self.unit
 
     def left(self, b: jax.Array, x: jax.Array) -> jax.Array:
         """b - (K + damping I) x."""
-        return b - _symmetric.matvec(self.gram, x) - self.damping * x
+        return b - self.pushed(x) - self.damping * x
 
 
 def _sample_space(here: Curvature, damping: jax.Array, *, decompose: bool) -> _SampleSpace:
     rows = here.jacobian()
     gram = rows.gram()
-    norm = jnp.linalg.norm(gram)
+    unit = _row_space.unit_of(gram, damping)
+    damping = damping / unit / unit
+    norm = jnp.linalg.norm(gram / (unit * unit))
     # A pivot within the rounding of the Gram matrix says that repeated rows, not the damping,
     # decide what the factor holds.
     floor = _SHIFT * jnp.finfo(here.dtype).eps * norm
     factor = _symmetric.factorize(
-        gram, damping, floor=floor, in_range=True, shift=floor, decompose=decompose
+        gram,
+        damping,
+        floor=floor,
+        in_range=True,
+        shift=floor,
+        decompose=decompose,
+        unit=unit * unit,
     )
-    return _SampleSpace(rows, gram, norm, damping, factor)
+    # No less than lets errors of 1e-4 be seen when squared.
+    least = 1e4 * float(jnp.finfo(here.dtype).tiny) ** 0.5
+    root = _trees.power_of_two(jnp.maximum(jnp.sqrt(damping), least))
+    root = jnp.where(damping > 0, root, 1)
+    rows = _row_space.in_units(rows, unit)
+    return _SampleSpace(rows, unit, gram, norm, damping, root, factor)
 
 
 def _solve(space: _SampleSpace, y: jax.Array) -> jax.Array:
@@ -143,11 +174,14 @@ def _solve(space: _SampleSpace, y: jax.Array) -> jax.Array:
 class _Round(NamedTuple):
     """Where a solve stands.
 
+    d is as large as g / damping and as small as g: times the root of the damping, as d, w and all
+    that corrects them are held, neither end over- or underflows when squared.
+
     Attributes:
       count: rounds so far.
-      d: the direction; before the first round g.
-      w: what R d is to be, (M,): g = R^T w + damping d, up to rounding.
-      d_squared: ||d||^2.
+      d: the direction times that root; before the first round g.
+      w: what R d is to be, (M,), times that root: g = R^T w + damping d, up to rounding.
+      d_squared: ||d||^2, of d so held.
       g_norm: ||g||.
       error: ||R^T (w - R d)||, all that (F + damping I) d lacks of R^T w + damping d.
       outside: ||g - R^T w|| for damping 0, which no direction can make up for; 0 otherwise.
@@ -197,15 +231,15 @@ def _round(space: _SampleSpace, s: _Round) -> _Round:
     leaves g - R^T w, the second takes the rest of the rows out of it, the next makes d of w.
     """
     damping, damped = space.damping, space.damping > 0
-    scale = jnp.where(damped, damping, 1)
+    scale = jnp.where(damped, damping / space.root, 1)
     first, projecting = s.count == 0, ~damped & (s.count == 1)
     y = space.rows.product(s.d)
     wrong = jnp.where(first | projecting, y, s.w - y)
     z = _solve(space, wrong)
-    pushed = _symmetric.matvec(space.gram, z)
+    pushed = space.pushed(z)
     # The formula has R d = z + left / damping.
     missing = jnp.where(first, (y - pushed - damping * z) / scale, wrong)
-    error = _root(jnp.dot(missing, _symmetric.matvec(space.gram, missing)))
+    error = _root(jnp.dot(missing, space.pushed(missing))) / space.root
     idle = jnp.where(error < s.lowest, 0, s.idle + 1)
     # Of many small corrections the last does not lower the error by much: told is what is left.
     reached = space.factor.shifted & (error <= 10 * jnp.finfo(y.dtype).eps * s.g_norm)
@@ -224,7 +258,7 @@ def _round(space: _SampleSpace, s: _Round) -> _Round:
     kept = scale * jnp.sqrt(d_squared)
     g_norm = jnp.where(first, _root(kept**2 + jnp.dot(z, pushed + 2 * damping * z)), s.g_norm)
     rounding = jnp.finfo(v.dtype).eps * (g_norm + jnp.sqrt(space.norm) * jnp.linalg.norm(z))
-    blurred = _BLUR * space.norm * rounding / scale
+    blurred = _BLUR * space.norm * rounding / (scale * space.root)
     exact = ~space.factor.eigen_taken & ~space.factor.shifted
     sound = exact & (rounding <= _LOST * kept) & (error <= _RESIDUAL * g_norm)
     rest = s.d_squared - 2 * jnp.dot(z, y) + jnp.dot(z, pushed)
@@ -233,15 +267,15 @@ def _round(space: _SampleSpace, s: _Round) -> _Round:
     return _Round(
         count=s.count + 1,
         d=d,
-        w=s.w + jnp.where(first | projecting, 1, -damping * length) * v,
+        w=s.w + jnp.where(first, space.root, jnp.where(projecting, 1, -damping * length)) * v,
         d_squared=d_squared,
         g_norm=g_norm,
         # Rounding of d, which the rows amplify, is not in what the Gram matrix tells.
         error=jnp.where(first, jnp.maximum(error, blurred), jnp.where(better, error, s.error)),
         outside=jnp.where(damped, 0, outside),
         search=_Search(v, wrong, rho),
-        idle=jnp.where(first, 0, idle),
-        lowest=jnp.where(first, jnp.inf, jnp.minimum(error, s.lowest)),
+        idle=jnp.where(first | projecting, 0, idle),
+        lowest=jnp.where(first | projecting, jnp.inf, jnp.minimum(error, s.lowest)),
         going=jnp.where(first, ~sound, projecting | (better & missed)),
     )
 
@@ -261,6 +295,13 @@ def _step_length(damping: jax.Array, r: jax.Array, p: jax.Array, back: Tree) -> 
     curvature = _trees.vdot(back, back, p.dtype) + damping * jnp.dot(p, p)
     usable = curvature > 0
     return jnp.where(usable, jnp.dot(r, p) / jnp.where(usable, curvature, 1), 1)
+
+
+def _slope(space: _SampleSpace, end: _Round) -> jax.Array:
+    """g^T d = d^T (F + damping I) d, with R d = w a sum of squares."""
+    w, d = end.w / space.root, jnp.sqrt(end.d_squared)
+    along = jnp.dot(w, w) + space.damping / space.root / space.root * d * d
+    return along / space.unit / space.unit
 
 
 def _root(square: jax.Array) -> jax.Array:

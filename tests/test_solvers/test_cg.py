@@ -226,3 +226,20 @@ def test_without_damping_units_do_not_matter(scale):
     g = ng.fisher_vector_product(metric, p, x, jax.random.normal(jax.random.key(5), (4, 3)))
     _, info = ng.natural_gradient_direction(metric, p, x, g, solver=cg(), damping=0.0)
     assert float(info.relative_residual) < 1e-5
+
+
+@pytest.mark.parametrize("metric", [METRIC, "hessian"], ids=["gauss_newton", "hessian"])
+def test_float16_parameters_do_not_limit_the_range_of_products(metric):
+    """F of 1e-6, below what float16 resolves: the direction is that of float32."""
+    x = np.random.default_rng(0).normal(size=(9, 7)).astype(np.float16) * np.float16(1e-3)
+    g = np.random.default_rng(1).normal(size=7).astype(np.float16) * np.float16(1e-2)
+    if metric == "hessian":
+        metric = ng.hessian(lambda p, x: 0.5 * jnp.mean((x @ p) ** 2))
+        x, g = 8 * x, g / 8
+
+    def direction(dtype):
+        return solve(cg(), x.astype(dtype), g.astype(dtype), 1e-6, metric)[0].astype(float)
+
+    expected = direction(np.float32)
+    assert np.abs(expected).max() < 6e4  # the limit of float16
+    assert np.linalg.norm(direction(np.float16) - expected) < 3e-3 * np.linalg.norm(expected)

@@ -14,6 +14,7 @@ _WORDS: dict[str, tuple[float, str]] = {
     "relative_residual": (NOT_MEASURED, "not measured"),
     "outside_row_space": (NOT_MEASURED, "not measured"),
     "acceleration": (NOT_MEASURED, "none"),
+    "foretold": (NOT_MEASURED, "none"),
     "iterations": (0, "none"),
 }
 

@@ -119,6 +119,10 @@ def test_what_was_not_measured_is_said_so(name):
     assert (float(getattr(found, field)) == -1) == unmeasured
 
 
+def test_no_field_of_a_state_without_steps_prints_a_placeholder():
+    assert "-1" not in str(ng.info(DIRECTION.init(PARAMS)))
+
+
 def test_an_ensemble_prints_a_value_each():
     states = jax.vmap(lambda g: DIRECTION.update(g, DIRECTION.init(PARAMS), PARAMS, batch=X)[1])(
         jax.tree.map(lambda p: jnp.stack([p, p]), PARAMS)

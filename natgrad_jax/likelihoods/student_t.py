@@ -132,20 +132,22 @@ def _squares(residual: jax.Array, log_scale: jax.Array) -> tuple[jax.Array, ...]
     """For u = residual / scale of any size: functions of u^2, and the slope in the residual.
 
     Returns:
-      u^2 / (1 + u^2), log(1 + u^2), the latter less the former, and (u / scale) / (1 + u^2).
+      u^2 / (1 + u^2), 1 / (1 + u^2), log(1 + u^2), this less the first, and
+      (u / scale) / (1 + u^2).
     """
     u = residual * jnp.exp(-log_scale)
     big = jnp.abs(u) > 1
     small, inverse = jnp.where(big, 0, u), 1 / jnp.where(big, u, 1)
     square, rest = small * small, inverse * inverse
     share = jnp.where(big, 1 / (1 + rest), square / (1 + square))
+    other = jnp.where(big, rest / (1 + rest), 1 / (1 + square))
     far = jnp.where(big, residual, 1)
     log = jnp.where(
         big, jnp.log1p(rest) + 2 * (jnp.log(jnp.abs(far)) - log_scale), jnp.log1p(square)
     )
     gap = jnp.where(big, log - share, log1p_gap(-jnp.where(big, 0, share)))
     near = jnp.where(big, 0, small / (1 + square) * jnp.exp(-jnp.where(big, 0, log_scale)))
-    return share, log, gap, jnp.where(big, share / far, near)
+    return share, other, log, gap, jnp.where(big, share / far, near)
 
 
 def _value(z: tuple, log_df: jax.Array, y: jax.Array) -> jax.Array:
@@ -154,14 +156,14 @@ def _value(z: tuple, log_df: jax.Array, y: jax.Array) -> jax.Array:
     log_next = jnp.log(0.5 * nu + 0.5)
     # log Gamma((nu + 1) / 2) - log Gamma(nu / 2) - log(pi nu) / 2, by Stirling's series.
     rise = -0.5 * nu * log1p_gap(1 / nu) + special.stirling(log_next) - special.stirling(log_half)
-    log = _squares(y - z[0], z[1] + 0.5 * log_df)[1]
+    log = _squares(y - z[0], z[1] + 0.5 * log_df)[2]
     return rise - special.HALF_LOG - z[1] - 0.5 * (nu + 1) * log
 
 
 def _scores(z: tuple, log_df: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
     nu = special.argument(log_df)
-    share, _, gap, slope = _squares(y - z[0], z[1] + 0.5 * log_df)
-    in_scale = nu * share - (1 - share)
+    share, other, _, gap, slope = _squares(y - z[0], z[1] + 0.5 * log_df)
+    in_scale = nu * share - other
     in_df = special.digamma_rise(log_df - math.log(2), jnp.full_like(nu, 0.5))
     in_df = in_df + 0.5 * share - 0.5 * nu * (log1p_gap(1 / nu) + gap)
     return (nu + 1) * slope, in_scale, in_df

@@ -172,9 +172,10 @@ def controlled(
             predicted = _sharding.run(core, operands, state.damping)
         else:
             predicted = predicted_decrease(inner_state)
-        uphill = _trees.vdot(grad, step, _trees.work_dtype(params)) > 0
+        like = state.rejected, state.rejected
+        still, uphill = _sharding.run(_reduction.seen_alone, (grad, step, params), like)
         tried = _tried(planned, value, there, predicted, inner_state, seen, uphill)
-        tried = tried._replace(still=_reduction.is_still(step, params))
+        tried = tried._replace(still=still)
         new, kept = _judged(settings, planned, state, tried)
         step = jax.tree.map(lambda u: jnp.where(kept, u, jnp.zeros_like(u)), step)
         largest = state.largest if seen is None else seen.largest

@@ -81,7 +81,16 @@ def quiet(actual: jax.Array, predicted: jax.Array, noise: jax.Array, *, slack: f
     return (jnp.abs(actual) <= slack * noise) & (jnp.abs(predicted) <= noise)
 
 
-def is_still(step: Tree, params: Tree) -> jax.Array:
-    """Whether every entry of a step is within rounding of its parameter."""
-    within = lambda u, p: jnp.all(jnp.abs(u) <= jnp.finfo(p.dtype).eps * jnp.abs(p).astype(u.dtype))
-    return jnp.all(jnp.asarray(jax.tree.leaves(jax.tree.map(within, step, params))))
+def seen_alone(grads: Tree, step: Tree, params: Tree) -> tuple[jax.Array, jax.Array]:
+    """What a step says by itself.
+
+    Returns:
+      Whether every entry is within rounding of its parameter; whether the step points uphill.
+    """
+    dtype = _trees.work_dtype(params)
+    within = lambda u, p: jnp.all(
+        jnp.abs(u) <= (jnp.finfo(p.dtype).eps * jnp.abs(p)).astype(u.dtype)
+    )
+    still = jnp.all(jnp.stack(jax.tree.leaves(jax.tree.map(within, step, params))))
+    slope = _trees.vdot(_trees.cast(grads, dtype), _trees.cast(step, dtype), dtype)
+    return still, slope > 0

@@ -221,6 +221,7 @@ MODELS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:gauss_newton. no output depends on:UserWarning")
 @pytest.mark.parametrize("kind", ["numbers", "diagonal"])
 @pytest.mark.parametrize("name", MODELS)
 def test_E10_rows_of_every_form_are_scaled(name, kind):

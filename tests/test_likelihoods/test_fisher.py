@@ -80,8 +80,8 @@ def test_sampled_scores_average_to_the_fisher_matrix(name):
 @every_divergence
 def test_defaults_by_autodiff_are_the_closed_forms(name, x64):
     fisher, factor = CASES[name].information(CASES[name].outputs), facts(name)["default_factor"]
-    np.testing.assert_allclose(facts(name)["default_fisher"], fisher, atol=1e-12)
-    np.testing.assert_allclose(factor @ transposed(factor), fisher, atol=1e-12)
-    np.testing.assert_allclose(factor, transposed(factor), atol=1e-12)
+    np.testing.assert_allclose(facts(name)["default_fisher"], fisher, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(factor @ transposed(factor), fisher, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(factor, transposed(factor), rtol=1e-13, atol=1e-13)
     if name == "categorical":
         assert np.abs(factor - facts(name)["factor"]).max() > 0.05  # it is another factor

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from natgrad_jax import _boundary
 from natgrad_jax import _records
+from natgrad_jax import _thinning
 from natgrad_jax import _trees
 from natgrad_jax.curvature import squared_length
 from natgrad_jax.metrics import Metric
@@ -41,10 +42,11 @@ def empty_state() -> KLState:
     return KLState(KLInfo(jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def rescaled(
     metric: Metric,
     at_most: bool,
+    examples: int | None,
     updates: Tree,
     params: Tree,
     batch: Tree,
@@ -53,7 +55,8 @@ def rescaled(
 ) -> tuple[Tree, KLState]:
     """Scales a step to a quadratic KL divergence, or down to it.
 
-    A step of no length (d^T F d <= 0, or not finite) is left alone.
+    A step of no length (d^T F d <= 0, or not finite) is left alone. It is measured at so many
+    `examples` of the batch, or at all of them.
     """
     if not jax.tree.leaves(params):
         return updates, empty_state()
@@ -61,6 +64,7 @@ def rescaled(
     dtype = _trees.work_dtype(params)
     # Measured on a step of order one, so that squares neither overflow nor underflow.
     unit, size = _trees.normalised(_trees.cast(updates, dtype), dtype)
+    batch = _thinning.thinned(metric, params, batch, examples)
     squared = squared_length(metric, params, batch, unit)
     measurable = (squared > 0) & jnp.isfinite(squared)
     root = jnp.sqrt(2 * jnp.asarray(kl).astype(dtype) / jnp.where(measurable, squared, 1))

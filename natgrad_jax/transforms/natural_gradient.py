@@ -11,12 +11,16 @@ from natgrad_jax.solvers._solver import Solver
 from natgrad_jax.transforms import _call
 from natgrad_jax.transforms.clip_by_kl import clip_by_kl
 from natgrad_jax.transforms.scale_by_natural_gradient import scale_by_natural_gradient
+from natgrad_jax.transforms.scale_to_kl import kl_transformation
 
 Tree = Any
 
 #: With a solver that approximates F a step moves by so many nats per row at most, unless told
 #: otherwise.
 APPROXIMATE_MAX_KL = 0.1
+
+#: That default measures steps at so many examples of a batch: all of them would cost a gradient.
+MEASURED_EXAMPLES = 128
 
 
 # No `from __future__ import annotations` here: optax recognises a learning rate by its annotation.
@@ -57,7 +61,8 @@ def natural_gradient(
         exact solver, and 0.1 with one that approximates F (`kfac`, `ekfac`, `diagonal`,
         `block_diagonal`) of a model with a likelihood (`exact_fisher`, `sampled_fisher`): with
         small damping the inverse of an approximation can be far too long along directions that it
-        does not see, and training then diverges within a few steps.
+        does not see, and training then diverges within a few steps. The default measures steps at
+        128 examples of the batch, a number at all of them.
       weight_decay: decoupled weight decay w; None for none. A number likewise.
       key: seed or key of the samples of a sampling metric.
 
@@ -108,15 +113,19 @@ def natural_gradient(
     parts.append(_call.keep_dtypes(optax.scale_by_learning_rate(learning_rate)))
     limit = _limit(max_kl, metric, solver)
     if limit is not None:
-        parts.append(clip_by_kl(metric, limit))
+        parts.append(limit)
     return _call.named("natural_gradient", optax.chain(*parts))
 
 
 def _limit(
     max_kl: jax.typing.ArrayLike | str | None, metric: Metric, solver: Solver | None
-) -> jax.typing.ArrayLike | None:
-    """The limit of a step; the default one needs a likelihood, which makes lengths nats."""
+) -> optax.GradientTransformationExtraArgs | None:
+    """What bounds the step; the default needs a likelihood, which makes lengths nats."""
+    if max_kl is None:
+        return None
     if not (isinstance(max_kl, str) and max_kl == "auto"):
-        return max_kl  # type: ignore[return-value]  # `clip_by_kl` refuses any other word
-    approximate = solver is not None and solver.approximates
-    return APPROXIMATE_MAX_KL if approximate and metric.divergence is not None else None
+        return clip_by_kl(metric, max_kl)  # type: ignore[arg-type]  # it refuses any other word
+    if solver is None or not solver.approximates or metric.divergence is None:
+        return None
+    kl, some = APPROXIMATE_MAX_KL, MEASURED_EXAMPLES
+    return kl_transformation("clip_by_kl", metric, kl, at_most=True, examples=some)

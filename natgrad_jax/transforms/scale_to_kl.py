@@ -55,9 +55,14 @@ def scale_to_kl(metric: Metric, kl: jax.typing.ArrayLike) -> optax.GradientTrans
 
 
 def kl_transformation(
-    name: str, metric: Metric, kl: jax.typing.ArrayLike, *, at_most: bool
+    name: str,
+    metric: Metric,
+    kl: jax.typing.ArrayLike,
+    *,
+    at_most: bool,
+    examples: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """What `scale_to_kl` and `clip_by_kl` share."""
+    """What `scale_to_kl` and `clip_by_kl` share; `examples` of the batch measure, or all."""
     _boundary.check_metric(name, metric)
     if isinstance(kl, int | float) and not kl > 0:
         raise ValueError(f"{name}: the KL divergence of a step must be positive, got {kl}")
@@ -78,7 +83,7 @@ def kl_transformation(
     ) -> tuple[Tree, _distance.KLState]:
         _call.check(name, updates, params, batch, misplaced)
         full_params = _told.hidden(params, full_params, extra_args.get("value_fn"))
-        core = functools.partial(_distance.rescaled, metric, at_most)
+        core = functools.partial(_distance.rescaled, metric, at_most, examples)
         operands = (updates, params, batch, kl, full_params)
         scaled, new = _sharding.run(core, operands, (updates, state))
         return _sharding.keep(scaled, updates), _call.keep_types(new, state)

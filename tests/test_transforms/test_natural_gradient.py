@@ -139,3 +139,21 @@ def test_steps_of_an_exact_solver_and_without_a_likelihood_are_not_bounded():
         free = ng.natural_gradient(1.0, cases.METRICS[metric], solver=solver, max_kl=None)
         like = jax.tree.structure(free.init(cases.PARAMS))
         assert jax.tree.structure(tx.init(cases.PARAMS)) == like
+
+
+@pytest.mark.parametrize(("examples", "off"), [(128, 1e-4), (1000, 0.3)])
+def test_the_default_bound_measures_at_128_examples(examples, off):
+    """A number measures at all of them: exactly."""
+    x = np.random.default_rng(5).normal(size=(examples, 3)).astype(np.float32)
+    metric = ng.exact_fisher(lambda p, x: jnp.tanh(x @ p["w"]), ng.Normal())
+    params = {"w": np.ones((3, 2), np.float32)}
+    far = {"w": np.full((3, 2), 100, np.float32)}
+
+    def moved(**options):
+        tx = ng.natural_gradient(1.0, metric, solver=ng.kfac(x), **options)
+        updates, _ = step(tx, params, far, x)
+        return float(ng.fisher_quadratic_form(metric, params, x, updates)) / 2
+
+    assert moved() == pytest.approx(0.1, rel=off)
+    assert (abs(moved() - 0.1) > 1e-4) == (examples > 128)
+    assert moved(max_kl=0.1) == pytest.approx(0.1, rel=1e-4)

@@ -5,6 +5,7 @@ keeps inside an equation is asked for by name. A name that is missing raises
 :class:`UnreadableError`: rows then become dense, with a warning that names the primitive.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -184,6 +185,35 @@ def pullback(
 
     ends = [equation.outvars[i].aval for i in results]
     return _attempt(cotangents_of, [shaped(x) for x in ends], operands)
+
+
+def differentiable(
+    equation: Any, moving: list[int], results: list[int], operands: list[Any]
+) -> list[int]:
+    """The operands of a `custom_vjp` by which JAX has a derivative: not those that it closes over.
+
+    They are found once for each call: a derivative that is refused empties what JAX keeps of others
+    that it has traced ("Store empty").
+    """
+    call = parameter(equation, "out_trees")
+    if call not in _DIFFERENTIABLE:
+        refused = pullback(equation, moving, results, operands) is None
+        kept = lambda i: not (refused and _is_closed_over(equation, i, results, operands))
+        _DIFFERENTIABLE[call] = [i for i in moving if kept(i)]
+    return _DIFFERENTIABLE[call]
+
+
+#: What `differentiable` found, while the call is alive.
+_DIFFERENTIABLE: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
+
+
+def _is_closed_over(equation: Any, at: int, results: list[int], operands: list[Any]) -> bool:
+    pull = lambda own: jax.vjp(*_function_of(equation, [at], results, own))
+    try:
+        jax.eval_shape(lambda own: pull(own)[0], operands)
+    except Exception as trouble:  # a derivative rule of the user's may raise anything
+        return "closed-over value" in str(trouble)
+    return False
 
 
 def _function_of(

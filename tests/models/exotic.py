@@ -129,7 +129,7 @@ def _flow(y, t, w):
     return jnp.tanh(y @ w) + t
 
 
-@specimen("a neural ODE by odeint, example by example", dense=("w",), mixes=True)
+@specimen("a neural ODE by odeint, example by example", dense=("w",))
 def neural_ode(key):
     r = Draw(key)
     p = {"u": r(2, 3), "v": r(3, 2), "w": r(3, 3)}

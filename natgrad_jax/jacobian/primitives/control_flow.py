@@ -38,8 +38,11 @@ def _derivative_keeps(equation: Any, labels: list[Label], found: list[Label]) ->
     moving = [i for i, v in enumerate(equation.invars) if _jaxpr.is_inexact(v)]
     results = [i for i, v in enumerate(equation.outvars) if _jaxpr.is_inexact(v)]
     shapes = [_jaxpr.shaped(v.aval) for v in equation.invars]
+    backwards = _jaxpr.name(equation).startswith("custom_vjp")
+    if backwards:
+        moving = _jaxpr.differentiable(equation, moving, results, shapes)
     before, after = [labels[i] for i in moving], [found[i] for i in results]
-    if _jaxpr.name(equation).startswith("custom_vjp"):
+    if backwards:
         program = _jaxpr.pullback(equation, moving, results, shapes)
         given, wanted = after, before
     else:
